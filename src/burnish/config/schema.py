@@ -1,0 +1,248 @@
+"""Every key of a config: typed, frozen, with the sentence that `--help-all` and the docs print.
+
+No torch here. `None` means off. Contradictions between keys are found in `config/check.py`,
+unknown keys and wrong types in `config/load.py`; this file only says what there is.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+
+Auto = Literal["auto"]
+PositiveInt = Annotated[int, Field(gt=0)]
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, strict=False)
+
+
+class ModelConfig(_Section):
+    """The base model: any Hugging Face causal language model."""
+
+    path: str
+    """Hub name or folder of the base model."""
+    revision: str | None = None
+    """Branch, tag or commit on the hub."""
+    tokenizer: str | None = None
+    """Hub name or folder of the tokenizer; null takes the model's own."""
+    init: Literal["pretrained", "random"] = "pretrained"
+    """pretrained loads the weights; random builds the architecture from config.json afresh."""
+    dtype: Literal["bf16", "fp16", "fp32"] = "bf16"
+    """What the forward runs in; masters and optimizer state are fp32."""
+    attention: Literal[
+        "auto", "varlen", "flash_attention_2", "flash_attention_3", "flex", "sdpa", "eager"
+    ] = "auto"
+    """Attention kernel; auto picks the fastest that keeps packed documents apart."""
+    activation_checkpointing: Literal["none", "light", "full", "auto"] = "none"
+    """What the backward computes again to save memory; auto follows the memory plan."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with the model. Needs a pinned revision for hub models."""
+
+
+class AdapterConfig(_Section):
+    """Train a small adapter instead of the whole model."""
+
+    kind: Literal["lora", "rslora", "dora", "pissa"] = "lora"
+    """Which low-rank adapter."""
+    rank: PositiveInt = 64
+    """Rank of the update."""
+    alpha: Annotated[float, Field(gt=0)] = 128
+    """Scale of the update: alpha / rank (alpha / sqrt(rank) for rslora)."""
+    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    """Dropout in front of the adapter."""
+    targets: Literal["all-linear"] | tuple[str, ...] = "all-linear"
+    """all-linear (every linear layer but the head), or a list of module names."""
+    quantize: Literal["nf4"] | None = None
+    """nf4 keeps the frozen base in 4 bits: QLoRA."""
+
+
+class SourceConfig(_Section):
+    """One source of examples."""
+
+    path: str
+    """File (jsonl json csv tsv parquet arrow, compressed too), glob, folder, or hub name."""
+    name: str | None = None
+    """How reports call it; null takes the file's name."""
+    format: Literal[
+        "auto", "messages", "sharegpt", "alpaca", "prompt_completion", "text", "tokens"
+    ] = "auto"
+    """Shape of a row; auto looks at the columns and check prints what it found."""
+    weight: Annotated[float, Field(gt=0)] = 1.0
+    """Share of the blend, with mix: weighted."""
+    split: str = "train"
+    """Split of a hub dataset or saved dataset folder."""
+    max_examples: PositiveInt | None = None
+    """Take at most this many rows, the first ones."""
+    columns: dict[str, str] = Field(default_factory=dict)
+    """Our name: their name, where columns are called differently."""
+
+
+def _as_sources(value: Any) -> Any:
+    """A path, a list of paths, or a list of sources: always a list of sources."""
+    if value is None or isinstance(value, tuple):
+        return value
+    items = value if isinstance(value, list) else [value]
+    return tuple({"path": item} if isinstance(item, str) else item for item in items)
+
+
+Sources = Annotated[tuple[SourceConfig, ...], BeforeValidator(_as_sources), Field(min_length=1)]
+
+
+class DataConfig(_Section):
+    """What is trained on, and how rows become tokens and masks."""
+
+    train: Sources
+    """One path, a list of paths, or a list of sources."""
+    eval: Sources | None = None
+    """Held-out data, given as train is."""
+    eval_fraction: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    """Hold out this share of train for evaluation."""
+    mix: Literal["concat", "weighted"] = "concat"
+    """concat takes every row once an epoch; weighted gives each source its share."""
+    max_tokens: PositiveInt = 4096
+    """Longest example, in tokens."""
+    too_long: Literal["truncate", "drop", "split", "error"] = "truncate"
+    """What becomes of a longer one."""
+    chat_template: str | None = None
+    """A template file or a built-in name; null takes the tokenizer's own."""
+    train_on: Literal["assistant", "last_assistant", "all"] = "assistant"
+    """Which turns are learned; a message may say train: false or weight: 0.5 itself."""
+    control_tokens: Literal["escape", "allow", "error"] = "escape"
+    """What becomes of control tokens that someone typed into a text."""
+    packing: Literal["auto", "on", "off"] = "auto"
+    """Lay documents end to end; auto does where the model keeps them apart."""
+    bad_rows: Literal["error", "drop"] = "error"
+    """What becomes of a row that cannot be trained on."""
+    bad_row_rules: dict[str, Literal["error", "drop", "fix"]] = Field(default_factory=dict)
+    """The same per rule, by the rule's name as check prints it."""
+    max_bad_fraction: Fraction = 0.01
+    """Stop when a larger share of rows than this is bad."""
+    cache_dir: str | None = None
+    """Where prepared data is kept; null is output_dir's parent/.burnish-cache."""
+    num_workers: PositiveInt | Auto = "auto"
+    """Processes that prepare data."""
+
+
+class BatchConfig(_Section):
+    """How much an optimizer step sees, and how it is cut. The cut never changes the result."""
+
+    global_examples: PositiveInt | None = None
+    """Examples per optimizer step, over all GPUs (128 if global_tokens is not given either)."""
+    global_tokens: PositiveInt | None = None
+    """Tokens per optimizer step, over all GPUs, instead of global_examples."""
+    micro_tokens: PositiveInt | Auto = "auto"
+    """Tokens per forward on one GPU; auto follows the memory plan."""
+    micro_examples: PositiveInt | None = None
+    """Examples per forward on one GPU, instead of micro_tokens."""
+
+
+class OptimConfig(_Section):
+    """The optimizer."""
+
+    name: Literal["adamw"] = "adamw"
+    """adamw: decoupled weight decay, on matrices only."""
+    lr: Annotated[float, Field(gt=0)] = 5e-6
+    """Peak learning rate."""
+    betas: tuple[Fraction, Fraction] = (0.9, 0.95)
+    """Decay of the running mean and of the running square."""
+    eps: Annotated[float, Field(gt=0)] = 1e-8
+    """Added to the denominator."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    """Decay per unit of learning rate; norms and biases are exempt."""
+    max_grad_norm: Annotated[float, Field(gt=0)] | None = 1.0
+    """Clip the global gradient norm to this; null does not clip."""
+
+
+class ScheduleConfig(_Section):
+    """The learning rate as a function of the step."""
+
+    name: Literal["cosine", "linear", "constant"] = "cosine"
+    """Shape of the decay after the warm-up."""
+    warmup_ratio: Fraction = 0.03
+    """Share of the steps over which the rate rises from 0."""
+    min_lr_ratio: Fraction = 0.1
+    """The rate at the end, as a share of the peak."""
+
+
+class TrainConfig(_Section):
+    """How long, and from which seed."""
+
+    epochs: Annotated[float, Field(gt=0)] = 1
+    """Passes over the data; a fraction is allowed."""
+    max_steps: PositiveInt | None = None
+    """Stop after this many optimizer steps; the schedule is planned for them."""
+    seed: Annotated[int, Field(ge=0)] = 42
+    """Of the order of the examples, fresh weights and dropout."""
+    max_skipped_steps: PositiveInt = 3
+    """Stop (exit code 5) when this many steps in a row had gradients that are not finite."""
+
+
+class EvalConfig(_Section):
+    """Evaluation on held-out data."""
+
+    every_steps: PositiveInt | None = None
+    """Evaluate every so many steps; null evaluates before the first and after the last only."""
+
+
+class EngineConfig(_Section):
+    """Who runs the step."""
+
+    kind: Literal["auto", "local", "deepspeed"] = "auto"
+    """auto: local for one process, DeepSpeed for more."""
+    zero_stage: Literal[0, 1, 2, 3] = 2
+    """DeepSpeed ZeRO: what is sharded (1 optimizer, 2 gradients too, 3 weights too)."""
+    offload_optimizer: Literal["none", "cpu", "nvme"] = "none"
+    """Keep optimizer state there."""
+    offload_params: Literal["none", "cpu", "nvme"] = "none"
+    """Keep weights there (ZeRO 3)."""
+    sequence_parallel: PositiveInt = 1
+    """Ranks that share one long sequence (DeepSpeed Ulysses)."""
+
+
+class LaunchConfig(_Section):
+    """How many processes."""
+
+    num_processes: PositiveInt | Auto = "auto"
+    """auto: one per GPU, one on a machine without."""
+
+
+class CheckpointConfig(_Section):
+    """Checkpoints to go on from."""
+
+    every_steps: PositiveInt | None = None
+    """Save every so many steps; null saves only when stopped by a signal."""
+    keep: PositiveInt = 2
+    """How many to keep; the newest and the best always stay."""
+    resume: str = "auto"
+    """auto: from the newest whole one, if any; never; must; or a checkpoint's folder."""
+
+
+class LogConfig(_Section):
+    """What is written down."""
+
+    every_steps: PositiveInt = 1
+    """Write every so many steps."""
+    trackers: tuple[Literal["tensorboard", "wandb", "mlflow", "trackio"], ...] = ("tensorboard",)
+    """Besides metrics.jsonl, which is always written."""
+
+
+class Config(_Section):
+    """A whole run. Only model.path, data.train and output_dir must be given."""
+
+    model: ModelConfig
+    adapter: AdapterConfig | None = None
+    data: DataConfig
+    batch: BatchConfig = BatchConfig()
+    optim: OptimConfig = OptimConfig()
+    schedule: ScheduleConfig = ScheduleConfig()
+    train: TrainConfig = TrainConfig()
+    eval: EvalConfig = EvalConfig()
+    engine: EngineConfig = EngineConfig()
+    launch: LaunchConfig = LaunchConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    log: LogConfig = LogConfig()
+    output_dir: str
+    """Where the run writes everything."""

@@ -1,0 +1,205 @@
+"""The process: ranks, process group, seeds, random state, logging. Imports torch only when asked.
+
+Knows nothing of models or data; everything may import it.
+"""
+
+from __future__ import annotations
+
+import base64
+import datetime
+import logging
+import os
+import random
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from burnish.errors import MachineError, Problem
+
+if TYPE_CHECKING:
+    import torch
+
+log = logging.getLogger("burnish")
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among the others, from the environment that every launcher sets."""
+
+    rank: int
+    local_rank: int
+    world_size: int
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+
+def ranks_from_environment(environ: Mapping[str, str] = os.environ) -> Ranks:
+    """Read the ranks that torchrun, the deepspeed launcher or srun put into the environment.
+
+    `RANK`/`WORLD_SIZE` win over Slurm's variables; with neither this is the only process.
+    Slurm's are believed only inside a job step (`SLURM_STEP_ID`), so that a plain `burnish train`
+    typed inside an allocation stays one process.
+    """
+    if "RANK" in environ and "WORLD_SIZE" in environ:
+        rank = int(environ["RANK"])
+        return Ranks(rank, int(environ.get("LOCAL_RANK", rank)), int(environ["WORLD_SIZE"]))
+    if "SLURM_STEP_ID" in environ and int(environ.get("SLURM_NTASKS", "1")) > 1:
+        return Ranks(
+            int(environ["SLURM_PROCID"]), int(environ["SLURM_LOCALID"]), int(environ["SLURM_NTASKS"])
+        )
+    return Ranks(0, 0, 1)
+
+
+def pick_device(ranks: Ranks) -> torch.device:
+    """The GPU of this local rank, or the CPU on a machine without GPUs."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    device = torch.device("cuda", ranks.local_rank % torch.cuda.device_count())
+    torch.cuda.set_device(device)
+    return device
+
+
+def start_process_group(ranks: Ranks, device: torch.device, timeout_seconds: float = 1800) -> None:
+    """Join the process group (nccl on GPUs, gloo on CPUs). Nothing to do for one process.
+
+    Raises:
+        MachineError: The other ranks cannot be reached.
+    """
+    if ranks.world_size == 1:
+        return
+    import torch.distributed as dist
+
+    if dist.is_initialized():
+        return
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    try:
+        dist.init_process_group(
+            backend,
+            rank=ranks.rank,
+            world_size=ranks.world_size,
+            timeout=datetime.timedelta(seconds=timeout_seconds),
+        )
+    except (dist.DistError, ValueError, RuntimeError) as error:
+        address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        raise MachineError(
+            Problem(
+                "process group",
+                f"rank {ranks.rank} of {ranks.world_size} could not join over {backend}: {error}",
+                f"Check that every node reaches MASTER_ADDR:MASTER_PORT ({address}).",
+            )
+        ) from error
+
+
+def stop_process_group() -> None:
+    """Leave the process group, if there is one."""
+    import torch.distributed as dist
+
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def seed_everything(seed: int) -> None:
+    """Seed Python, numpy and torch (CPU and GPU) alike on every rank."""
+    import torch
+
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def random_state() -> dict[str, Any]:
+    """This rank's random state as a JSON-able value; `restore_random_state` takes it back."""
+    import torch
+
+    kind, keys, position, has_gauss, gauss = np.random.get_state(legacy=True)  # pyright: ignore
+    version, internal, python_gauss = random.getstate()
+    state: dict[str, Any] = {
+        "python": [version, list(internal), python_gauss],
+        "numpy": [kind, _to_text(keys.tobytes()), int(position), int(has_gauss), float(gauss)],
+        "torch": _to_text(torch.get_rng_state().numpy().tobytes()),
+    }
+    if torch.cuda.is_available():
+        state["cuda"] = _to_text(torch.cuda.get_rng_state().numpy().tobytes())
+    return state
+
+
+def restore_random_state(state: Mapping[str, Any]) -> None:
+    """Take back what `random_state` gave."""
+    import torch
+
+    version, internal, python_gauss = state["python"]
+    random.setstate((version, tuple(internal), python_gauss))
+    kind, keys, position, has_gauss, gauss = state["numpy"]
+    np.random.set_state((kind, np.frombuffer(_to_bytes(keys), np.uint32), position, has_gauss, gauss))
+    torch.set_rng_state(torch.frombuffer(bytearray(_to_bytes(state["torch"])), dtype=torch.uint8))
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(
+            torch.frombuffer(bytearray(_to_bytes(state["cuda"])), dtype=torch.uint8)
+        )
+
+
+def _to_text(raw: bytes) -> str:
+    return base64.b64encode(raw).decode("ascii")
+
+
+def _to_bytes(text: str) -> bytes:
+    return base64.b64decode(text)
+
+
+def setup_logging(ranks: Ranks, verbose: bool = False) -> None:
+    """Plain lines on stderr: everything from rank 0, warnings from the others."""
+    handler = logging.StreamHandler(sys.stderr)
+    prefix = "" if ranks.world_size == 1 or ranks.is_main else f"[rank {ranks.rank}] "
+    handler.setFormatter(logging.Formatter(f"{prefix}%(message)s"))
+    log.handlers[:] = [handler]
+    log.propagate = False
+    log.setLevel((logging.DEBUG if verbose else logging.INFO) if ranks.is_main else logging.WARNING)
+
+
+def gather_objects(value: Any, ranks: Ranks) -> list[Any]:
+    """Every rank's value, in rank order, on every rank. For small, rare things only."""
+    if ranks.world_size == 1:
+        return [value]
+    import torch.distributed as dist
+
+    gathered: list[Any] = [None] * ranks.world_size
+    dist.all_gather_object(gathered, value)
+    return gathered
+
+
+def sum_over_ranks(value: torch.Tensor, ranks: Ranks) -> torch.Tensor:
+    """The tensor's sum over all ranks, in place."""
+    if ranks.world_size > 1:
+        import torch.distributed as dist
+
+        dist.all_reduce(value)
+    return value
+
+
+def barrier(ranks: Ranks) -> None:
+    """Wait until every rank is here."""
+    if ranks.world_size > 1:
+        import torch.distributed as dist
+
+        dist.barrier()
+
+
+def peak_memory_bytes(device: torch.device) -> int | None:
+    """Peak bytes: allocated on the GPU, or resident in the process on a CPU; None if unknown."""
+    if device.type == "cuda":
+        import torch
+
+        return int(torch.cuda.max_memory_allocated(device))
+    try:
+        import resource
+    except ImportError:  # not on Windows
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return int(peak) * (1 if sys.platform == "darwin" else 1024)
