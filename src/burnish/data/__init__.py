@@ -1,0 +1,1 @@
+"""From files to examples: load, format, render with masks, prepare once, cut into windows."""
