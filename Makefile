@@ -1,0 +1,51 @@
+# Every target sets up what it needs: `make demo` and `make test` work on a fresh clone.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test test-full lint format bench chaos docs lock clean
+
+help: ## Show what there is
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
+
+$(READY): requirements.lock pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+		|| { echo "Burnish needs Python 3.11 or newer; try: make $(MAKECMDGOALS) PYTHON=python3.11" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --requirement requirements.lock
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
+	@touch $@
+
+setup: $(READY) ## Make .venv with everything for development, from the lock
+
+demo: $(READY) ## Run the main job end to end on the CPU: train, evaluate, report
+	$(BIN)/burnish demo --out runs/demo
+
+test: $(READY) ## Run the tests (under 12 minutes on 2 cores)
+	$(BIN)/python -m pytest -m "not slow"
+
+test-full: $(READY) ## Run every test, the long ones too
+	$(BIN)/python -m pytest
+
+lint: $(READY) ## Check style, types and who imports whom
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+	$(BIN)/lint-imports
+
+format: $(READY) ## Bring the code into its format
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+lock: ## Write requirements.lock anew from pyproject.toml
+	rm -rf build/lock && $(PYTHON) -m venv build/lock
+	build/lock/bin/python -m pip install --quiet --upgrade pip
+	build/lock/bin/python -m pip install --quiet torch==2.13.0
+	build/lock/bin/python -m pip install --quiet --group dev '.[deepspeed,qlora]'
+	{ sed -n '/^#/p' requirements.lock; build/lock/bin/python -m pip freeze --exclude burnish | sed 's/+cpu$$//'; } > build/requirements.lock
+	mv build/requirements.lock requirements.lock
+
+clean: ## Remove what these targets made
+	rm -rf $(VENV) build runs .pytest_cache .ruff_cache
