@@ -33,12 +33,19 @@ class Rule:
 
     @property
     def can_fix(self) -> bool:
+        """Whether the policy `fix` means anything for this rule."""
         return bool(self.fix)
 
 
 _READING = (
     Rule("invalid_json", "the line is not JSON", "Mend or delete the line; the last one may be cut off."),
-    Rule("cut_off_file", "the file breaks off here", "Copy or download the file again."),
+    Rule(
+        "unreadable_rest",
+        "nothing can be read from here to the end of the file",
+        "Mend the file, or copy or download it again.",
+        # Even with bad_rows: drop, half a file is not lost unless its owner says so by name.
+        default="error",
+    ),
     Rule("invalid_csv", "the line has more cells than the header", "Put quotes around the cells."),
     Rule(
         "invalid_utf8",
@@ -98,7 +105,13 @@ _SHAPE = (
         fix="the parts are joined, nothing between them",
         default="fix",
     ),
-    Rule("content_nan", "a text is NaN, an empty cell as pandas writes it", "Fill it in, or delete the row."),
+    Rule(
+        "content_nan",
+        "a text is NaN, an empty cell as pandas writes it",
+        "Fill it in, or delete the row.",
+        fix="the cell counts as not given",
+        default="fix",
+    ),
     Rule("empty_answer", "an assistant's turn is empty", "Delete the row.", fix="the turn is kept, empty"),
     Rule("empty_prompt", "a prompt is empty", "Delete the row.", fix="the prompt is kept, empty"),
     Rule("empty_text", "the text is empty", "Delete the row."),
@@ -165,7 +178,7 @@ RULES: Mapping[str, Rule] = MappingProxyType({rule.name: rule for rule in (*_REA
 """Every rule by name, in the order in which a row meets them."""
 
 
-class RowProblem(Exception):  # noqa: N818 - a finding about a row, not a failure of the program
+class RowProblem(Exception):
     """A row breaks a rule.
 
     Args:
