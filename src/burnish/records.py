@@ -62,7 +62,7 @@ class Example:
     """One training example: tokens and their mask, born together.
 
     `weights[i]` belongs to token i *as a target* (the model sees tokens before i and has to
-    produce i). The shift to targets happens once, in `data/windows.py`.
+    produce i). The shift to targets happens once, in `data/collate.py`.
     """
 
     source: str
@@ -124,7 +124,7 @@ class Window:
     """Sum of the loss weights of every target in the window, over all ranks: the denominator."""
     num_tokens: int
     num_supervised_tokens: int
-    cuts: Sequence[Sequence[Int64[np.ndarray, " documents"]]]
+    cuts: Sequence[Sequence[Int64[np.ndarray, " _documents"]]]
     """`cuts[rank][m]`: the example numbers of micro-batch m on that rank. Every rank has the
     same number of micro-batches; one may be empty."""
 
