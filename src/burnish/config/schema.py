@@ -16,7 +16,7 @@ Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, strict=False)
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
 
 
 class ModelConfig(_Section):
@@ -66,9 +66,7 @@ class SourceConfig(_Section):
     """File (jsonl json csv tsv parquet arrow, compressed too), glob, folder, or hub name."""
     name: str | None = None
     """How reports call it; null takes the file's name."""
-    format: Literal[
-        "auto", "messages", "sharegpt", "alpaca", "prompt_completion", "text", "tokens"
-    ] = "auto"
+    format: Literal["auto", "messages", "sharegpt", "alpaca", "prompt_completion", "text", "tokens"] = "auto"
     """Shape of a row; auto looks at the columns and check prints what it found."""
     weight: Annotated[float, Field(gt=0)] = 1.0
     """Share of the blend, with mix: weighted."""

@@ -1,0 +1,1 @@
+"""The config: what may be said (`schema`), how it is read (`load`), what contradicts (`check`)."""

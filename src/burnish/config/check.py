@@ -1,0 +1,184 @@
+"""Contradictions between keys, and files that are not there: found before anything is loaded."""
+
+from __future__ import annotations
+
+import glob
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from burnish.config.schema import Config, SourceConfig
+from burnish.errors import Problem
+
+DATA_SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".arrow", ".gz", ".zst", ".xz", ".bz2")
+_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+_GLOB = re.compile(r"[*?\[]")
+
+
+def check_config(config: Config) -> list[Problem]:
+    """Every contradiction in a config whose keys are each right.
+
+    Looks at the file system (data, model folder, template, checkpoint), never at the network, and
+    imports nothing heavy. What only the tokenizer, the rows or the device can tell comes later.
+    """
+    return [
+        *_check_model(config),
+        *_check_sources(config),
+        *_check_data(config),
+        *_check_batch(config),
+        *_check_engine(config),
+        *_check_run(config),
+        *_check_output(config),
+    ]
+
+
+def _check_model(config: Config) -> Iterator[Problem]:
+    model = config.model
+    folder = Path(model.path)
+    if not model.path.strip():
+        yield Problem("model.path", "is empty", "Give a hub name or a folder.")
+    elif folder.is_dir():
+        yield from _check_model_folder(folder)
+    elif folder.is_file():
+        yield Problem("model.path", f"{model.path} is a file", "Give the folder that holds config.json.")
+    elif not _HUB_NAME.fullmatch(model.path):
+        cure = "Give a folder that exists, or a hub name like meta-llama/Llama-3.1-8B."
+        yield Problem("model.path", f"there is no folder {model.path}", cure)
+    if model.trust_remote_code and model.revision is None and not folder.is_dir():
+        cure = "Pin the commit that you have read: model.revision: COMMIT."
+        yield Problem("model.trust_remote_code", "is true for a hub model without model.revision", cure)
+    if config.adapter is not None and config.adapter.targets == ():
+        cure = "Name modules, or leave it all-linear."
+        yield Problem("adapter.targets", "is an empty list: nothing would be trained", cure)
+
+
+def _check_model_folder(folder: Path) -> Iterator[Problem]:
+    if (folder / "config.json").is_file():
+        return
+    if (folder / "adapter_config.json").is_file():
+        cure = f"Merge it first: burnish merge {folder} OUT; then model.path: OUT."
+        yield Problem("model.path", f"{folder} is an adapter, not a model", cure)
+        return
+    cure = "Give a Hugging Face model folder."
+    yield Problem("model.path", f"{folder} has no config.json", cure)
+
+
+def _check_sources(config: Config) -> Iterator[Problem]:
+    for key, sources in (("train", config.data.train), ("eval", config.data.eval or ())):
+        names: set[str] = set()
+        for index, source in enumerate(sources):
+            where = f"data.{key}[{index}]" if len(sources) > 1 else f"data.{key}"
+            yield from _check_source(where, source)
+            if source.name is not None and source.name in names:
+                cure = "Give each source its own name."
+                yield Problem(f"{where}.name", f"{source.name!r} stands twice in data.{key}", cure)
+            if source.name is not None:
+                names.add(source.name)
+            if source.weight != 1.0 and (config.data.mix == "concat" or key == "eval"):
+                cure = "Set data.mix: weighted, or leave the weight out."
+                what = f"is {source.weight:g}, but weights only count in data.train with data.mix: weighted"
+                yield Problem(f"{where}.weight", what, cure)
+
+
+def _check_source(where: str, source: SourceConfig) -> Iterator[Problem]:
+    path = source.path
+    if not path.strip():
+        yield Problem(where, "is an empty path", "Give a file, a folder, a glob or a hub name.")
+    elif Path(path).exists():
+        return
+    elif _GLOB.search(path):
+        if not glob.glob(path, recursive=True):  # noqa: PTH207 - Path.glob takes no absolute pattern
+            yield Problem(where, f"no file matches {path}", _where_looked())
+    elif path.endswith(DATA_SUFFIXES) or not _HUB_NAME.fullmatch(path):
+        yield Problem(where, f"there is no file or folder {path}", _where_looked())
+
+
+def _where_looked() -> str:
+    return f"Paths are relative to the folder that burnish runs in, {Path.cwd()}."
+
+
+def _check_data(config: Config) -> Iterator[Problem]:
+    data = config.data
+    if data.max_tokens < 2:
+        cure = "Give at least 2: the first token is never predicted."
+        yield Problem("data.max_tokens", f"is {data.max_tokens}: nothing can be learned", cure)
+    if data.eval is not None and data.eval_fraction > 0:
+        cure = "Keep data.eval, or data.eval_fraction to hold out part of data.train."
+        yield Problem("data.eval_fraction", "is set together with data.eval", cure)
+    if config.eval.every_steps is not None and data.eval is None and data.eval_fraction == 0:
+        cure = "Set data.eval, or data.eval_fraction: 0.05."
+        yield Problem("eval.every_steps", "is set, but there is no data to evaluate on", cure)
+    template = data.chat_template
+    if template is not None and re.search(r"[/\\]|\.(jinja2?|j2|txt)$", template):
+        if not Path(template).is_file():
+            cure = "Give a template file that exists, or the name of a built-in one."
+            yield Problem("data.chat_template", f"there is no file {template}", cure)
+    elif template == "":
+        yield Problem("data.chat_template", "is empty", "Leave it out to use the tokenizer's own.")
+
+
+def _check_batch(config: Config) -> Iterator[Problem]:
+    batch, max_tokens = config.batch, config.data.max_tokens
+    if batch.global_examples is not None and batch.global_tokens is not None:
+        cure = "Keep one: a step counts examples or tokens."
+        yield Problem("batch.global_tokens", "is set together with batch.global_examples", cure)
+    if batch.micro_examples is not None and batch.micro_tokens != "auto":
+        cure = "Keep one: a forward is cut by tokens or by examples."
+        yield Problem("batch.micro_examples", "is set together with batch.micro_tokens", cure)
+    if isinstance(batch.micro_tokens, int) and batch.micro_tokens < max_tokens:
+        what = f"is {batch.micro_tokens}, less than data.max_tokens ({max_tokens})"
+        cure = f"The longest example must fit: raise it to {max_tokens}, or lower data.max_tokens."
+        yield Problem("batch.micro_tokens", what, cure)
+
+
+def _check_engine(config: Config) -> Iterator[Problem]:
+    engine, adapter = config.engine, config.adapter
+    one_process = config.launch.num_processes == 1 and engine.kind == "auto"
+    local = engine.kind == "local" or one_process
+    cure_local = "Set engine.kind: deepspeed, or leave it out."
+    if adapter is not None and adapter.quantize is not None and engine.zero_stage == 3 and not local:
+        cure = "Use engine.zero_stage: 2 with a quantised base, or leave adapter.quantize out."
+        yield Problem("adapter.quantize", f"{adapter.quantize} does not work with engine.zero_stage 3", cure)
+    if engine.offload_params != "none" and engine.zero_stage != 3:
+        cure = "Set engine.zero_stage: 3, or leave engine.offload_params out."
+        yield Problem(
+            "engine.offload_params", f"needs ZeRO 3, but engine.zero_stage is {engine.zero_stage}", cure
+        )
+    if engine.offload_optimizer != "none" and engine.zero_stage == 0:
+        cure = "Set engine.zero_stage: 2, or leave engine.offload_optimizer out."
+        yield Problem("engine.offload_optimizer", "needs ZeRO 1 or higher, but engine.zero_stage is 0", cure)
+    for key in ("offload_optimizer", "offload_params"):
+        where = getattr(engine, key)
+        if where != "none" and engine.kind == "local":
+            yield Problem(f"engine.{key}", f"is {where}, but engine.kind is local", cure_local)
+        if where == "nvme":
+            yield Problem(f"engine.{key}", "nvme is not built yet", f"Use engine.{key}: cpu.")
+    if engine.sequence_parallel > 1:
+        what = f"is {engine.sequence_parallel}: splitting a sequence over ranks is not built yet"
+        yield Problem("engine.sequence_parallel", what, "Leave it at 1.")
+
+
+def _check_run(config: Config) -> Iterator[Problem]:
+    resume = config.checkpoint.resume
+    if resume not in ("auto", "never", "must") and not Path(resume).is_dir():
+        cure = "Give auto, never, must, or the folder of a checkpoint."
+        yield Problem("checkpoint.resume", f"there is no folder {resume}", cure)
+
+
+def _check_output(config: Config) -> Iterator[Problem]:
+    text = config.output_dir
+    if not text.strip() or "\0" in text:
+        yield Problem("output_dir", f"{text!r} is not a path", "Give a folder, for example runs/first.")
+        return
+    folder = Path(text).resolve()
+    if folder.exists() and not folder.is_dir():
+        yield Problem("output_dir", f"{text} is a file", "Give a folder.")
+    if folder in (Path(folder.anchor), Path.home().resolve(), Path.cwd().resolve()):
+        cure = "Give the run a folder of its own, for example runs/first."
+        yield Problem("output_dir", f"{folder} is not a folder for a run", cure)
+    model = Path(config.model.path)
+    if model.is_dir() and (
+        folder == model.resolve() or model.resolve() in (folder / "final", folder / "best")
+    ):
+        cure = "The run would write over the model it starts from: give another folder."
+        yield Problem("output_dir", f"{text} holds model.path ({config.model.path})", cure)

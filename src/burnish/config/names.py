@@ -1,0 +1,237 @@
+"""Every key by its dotted name, what it takes in words, and what someone meant who wrote another."""
+
+from __future__ import annotations
+
+import difflib
+import functools
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from burnish.config.schema import Config
+
+
+@dataclass(frozen=True)
+class Key:
+    """One key of the config, for help, docs and messages."""
+
+    name: str
+    """Dotted; `data.train[].path` for a key of a source."""
+    takes: str
+    """What may stand there, in words: `a whole number above 0, or auto`."""
+    choices: tuple[str, ...]
+    """The words that may stand there, empty where it is not a choice."""
+    default: Any
+    required: bool
+    doc: str
+
+
+# What other tools call it. Only names that people are likely to bring along.
+_NAMES_ELSEWHERE: Mapping[str, str] = {
+    "learning_rate": "optim.lr",
+    "num_train_epochs": "train.epochs",
+    "num_epochs": "train.epochs",
+    "max_epochs": "train.epochs",
+    "model_name_or_path": "model.path",
+    "model_name": "model.path",
+    "base_model": "model.path",
+    "tokenizer_path": "model.tokenizer",
+    "torch_dtype": "model.dtype",
+    "precision": "model.dtype",
+    "bf16": "model.dtype",
+    "fp16": "model.dtype",
+    "attn_implementation": "model.attention",
+    "gradient_checkpointing": "model.activation_checkpointing",
+    "lora": "adapter",
+    "peft": "adapter",
+    "lora_r": "adapter.rank",
+    "r": "adapter.rank",
+    "lora_rank": "adapter.rank",
+    "lora_alpha": "adapter.alpha",
+    "lora_dropout": "adapter.dropout",
+    "lora_target_modules": "adapter.targets",
+    "target_modules": "adapter.targets",
+    "load_in_4bit": "adapter.quantize",
+    "dataset": "data.train",
+    "datasets": "data.train",
+    "train_file": "data.train",
+    "dataset_name": "data.train",
+    "eval_dataset": "data.eval",
+    "val_size": "data.eval_fraction",
+    "max_length": "data.max_tokens",
+    "max_seq_length": "data.max_tokens",
+    "max_seq_len": "data.max_tokens",
+    "sequence_len": "data.max_tokens",
+    "cutoff_len": "data.max_tokens",
+    "template": "data.chat_template",
+    "sample_packing": "data.packing",
+    "batch_size": "batch.global_examples",
+    "global_batch_size": "batch.global_examples",
+    "train_batch_size": "batch.global_examples",
+    "gradient_accumulation_steps": "batch.global_examples",
+    "per_device_train_batch_size": "batch.micro_examples",
+    "micro_batch_size": "batch.micro_examples",
+    "optimizer": "optim.name",
+    "max_norm": "optim.max_grad_norm",
+    "grad_clip": "optim.max_grad_norm",
+    "lr_scheduler_type": "schedule.name",
+    "lr_scheduler": "schedule.name",
+    "scheduler": "schedule.name",
+    "warmup": "schedule.warmup_ratio",
+    "warmup_steps": "schedule.warmup_ratio",
+    "eval_steps": "eval.every_steps",
+    "deepspeed": "engine.zero_stage",
+    "zero": "engine.zero_stage",
+    "num_gpus": "launch.num_processes",
+    "nproc_per_node": "launch.num_processes",
+    "save_steps": "checkpoint.every_steps",
+    "save_total_limit": "checkpoint.keep",
+    "resume_from_checkpoint": "checkpoint.resume",
+    "logging_steps": "log.every_steps",
+    "report_to": "log.trackers",
+    "output": "output_dir",
+}
+
+
+def config_schema() -> dict[str, Any]:
+    """The config's JSON schema, as editors want it: `data.train` may be a path or a list of paths."""
+    schema = Config.model_json_schema()
+    sources = schema["$defs"]["DataConfig"]["properties"]
+    for name in ("train", "eval"):
+        doc = {k: sources[name][k] for k in ("description", "default") if k in sources[name]}
+        one = {"anyOf": [{"type": "string"}, {"$ref": "#/$defs/SourceConfig"}]}
+        forms: list[dict[str, Any]] = [*one["anyOf"], {"type": "array", "items": one, "minItems": 1}]
+        if name == "eval":
+            forms.append({"type": "null"})
+        sources[name] = {**doc, "anyOf": forms}
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}
+
+
+@functools.cache
+def all_keys() -> tuple[Key, ...]:
+    """Every key that takes a value, in the order of the schema."""
+    schema = config_schema()
+    return tuple(_keys_of(schema, schema, ""))
+
+
+@functools.cache
+def keys_by_name() -> Mapping[str, Key]:
+    """`all_keys` by dotted name; the keys of a source under `data.train[]`."""
+    return {key.name: key for key in all_keys()}
+
+
+def canonical(path: tuple[str | int, ...]) -> str:
+    """The name of a key, without the index of a source: `("data", "eval", 1, "path")` is
+    `data.train[].path`, because sources are alike."""
+    if len(path) > 2 and path[:1] == ("data",) and isinstance(path[2], int):
+        return ".".join(["data.train[]", *(str(part) for part in path[3:])])
+    return ".".join(str(part) for part in path)
+
+
+def dotted(path: tuple[str | int, ...]) -> str:
+    """A path as people write it: `data.train[0].weight`."""
+    out = ""
+    for part in path:
+        out += f"[{part}]" if isinstance(part, int) else (f".{part}" if out else part)
+    return out
+
+
+def suggest(name: str) -> str | None:
+    """The key that someone probably meant who wrote `name`, or None.
+
+    In this order: what other tools call it, the one key elsewhere with the same last word, a name
+    spelled alike in the same section, and one spelled alike anywhere.
+    """
+    head, _, leaf = name.rpartition(".")
+    names = [key.name for key in all_keys()]
+    sections = sorted({n.partition(".")[0] for n in names if "." in n})
+    known: dict[str, list[str]] = {}
+    for full in names:
+        known.setdefault(full.rpartition(".")[2], []).append(full)
+    for word in (name, name.replace(".", "_"), leaf):
+        if word in _NAMES_ELSEWHERE:
+            return _NAMES_ELSEWHERE[word]
+    if head in _NAMES_ELSEWHERE and f"{_NAMES_ELSEWHERE[head]}.{leaf}" in names:
+        return f"{_NAMES_ELSEWHERE[head]}.{leaf}"
+    if len(known.get(leaf, ())) == 1 and known[leaf] != [name]:
+        return known[leaf][0]
+    siblings = [n for n in names if n.rpartition(".")[0] == head] if head else sections + names
+    for candidates, likeness in ((siblings, 0.7), (names, 0.75)):
+        close = difflib.get_close_matches(name, candidates, 1, likeness)
+        if close:
+            return close[0]
+    close = difflib.get_close_matches(leaf, list(known), 1, 0.8)
+    return known[close[0]][0] if close else None
+
+
+def _keys_of(root: Mapping[str, Any], section: Mapping[str, Any], prefix: str) -> Iterator[Key]:
+    for name, prop in section["properties"].items():
+        full = f"{prefix}{name}"
+        inner = _section_of(root, prop)
+        if inner is not None and full not in ("data.train", "data.eval"):
+            yield from _keys_of(root, inner, f"{full}.")
+            continue
+        if inner is None:
+            takes, choices = _describe(prop)
+        else:
+            takes, choices = "a path, a list of paths, or a list of sources", []
+        yield Key(
+            full,
+            takes,
+            tuple(choices),
+            prop.get("default"),
+            name in section.get("required", ()),
+            prop.get("description", "").replace("\n", " "),
+        )
+        if full == "data.train":
+            yield from _keys_of(root, root["$defs"]["SourceConfig"], "data.train[].")
+
+
+def _section_of(root: Mapping[str, Any], prop: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    for form in (prop, *prop.get("anyOf", ())):
+        if "$ref" in form:
+            return root["$defs"][form["$ref"].rpartition("/")[2]]
+    return None
+
+
+def _describe(prop: Mapping[str, Any]) -> tuple[str, list[str]]:
+    """What a JSON schema property takes, in words, and the fixed words among it."""
+    words: list[str] = []
+    choices: list[str] = []
+    for form in prop.get("anyOf", [prop]):
+        fixed = form.get("enum", [form["const"]] if "const" in form else [])
+        if fixed:
+            choices += [str(word) for word in fixed]
+        else:
+            words.append(_describe_one(form))
+    null = ["null"] if "null" in words else []
+    words = [word for word in words if word != "null"]
+    if choices:
+        words.append(("one of " if len(choices) > 1 else "") + ", ".join(choices))
+    return ", or ".join(words + null), choices
+
+
+def _describe_one(form: Mapping[str, Any]) -> str:
+    kind = form.get("type")
+    if kind == "array" and "prefixItems" in form:
+        one = _describe(form["prefixItems"][0])[0]
+        return f"a list of {len(form['prefixItems'])} values, each {one}"
+    if kind == "array":
+        return f"a list, each item {_describe(form['items'])[0]}"
+    if kind in ("integer", "number"):
+        return ("a whole number" if kind == "integer" else "a number") + _bounds(form)
+    return {"string": "text", "boolean": "true or false", "null": "null", "object": "a mapping"}[str(kind)]
+
+
+def _bounds(form: Mapping[str, Any]) -> str:
+    low, high = form.get("minimum"), form.get("maximum")
+    if low is not None and high is not None:
+        return f" from {low:g} to {high:g}"
+    parts = []
+    if "exclusiveMinimum" in form:
+        parts.append(f"above {form['exclusiveMinimum']:g}")
+    if low is not None:
+        parts.append(f"of at least {low:g}")
+    if "exclusiveMaximum" in form:
+        parts.append(f"below {form['exclusiveMaximum']:g}")
+    return (" " + " and ".join(parts)) if parts else ""

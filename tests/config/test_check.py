@@ -1,0 +1,89 @@
+"""Contradictions between keys, one by one, and configs that look odd and are right."""
+
+from pathlib import Path
+
+import pytest
+
+from burnish.config.load import load_config
+from burnish.errors import ConfigError
+
+BASE = ["--model.path", "some/model", "--data.train", "rows.jsonl", "--output_dir", "runs/a"]
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("rows.jsonl").write_text("{}\n")
+    Path("model").mkdir()
+    Path("model/config.json").write_text("{}")
+    Path("adapter").mkdir()
+    Path("adapter/adapter_config.json").write_text("{}")
+    Path("empty").mkdir()
+    Path("chat.jinja").write_text("x")
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("flags", "where", "message"),
+    [
+        ("--adapter.quantize nf4 --engine.zero_stage 3", "adapter.quantize", "zero_stage 3"),
+        ("--engine.offload_params cpu", "engine.offload_params", "ZeRO 3"),
+        ("--engine.offload_optimizer cpu --engine.zero_stage 0", "engine.offload_optimizer", "ZeRO 1"),
+        ("--engine.kind local --engine.offload_optimizer cpu", "engine.offload_optimizer", "local"),
+        ("--engine.offload_optimizer nvme", "engine.offload_optimizer", "not built"),
+        ("--engine.sequence_parallel 2", "engine.sequence_parallel", "not built"),
+        ("--batch.global_examples 8 --batch.global_tokens 9999", "batch.global_tokens", "together"),
+        ("--batch.micro_tokens 8192 --batch.micro_examples 2", "batch.micro_examples", "together"),
+        ("--batch.micro_tokens 512", "batch.micro_tokens", "4096"),
+        ("--data.max_tokens 1", "data.max_tokens", "nothing"),
+        ("--data.eval rows.jsonl --data.eval_fraction 0.1", "data.eval_fraction", "together"),
+        ("--eval.every_steps 5", "eval.every_steps", "no data"),
+        ("--data.chat_template no.jinja", "data.chat_template", "no file"),
+        ("--data.train no.jsonl", "data.train", "no file"),
+        ("--data.train no/*.jsonl", "data.train", "no file matches"),
+        ("--data.train ./nothing", "data.train", "no file"),
+        ("--data.eval [rows.jsonl,no.csv]", "data.eval[1]", "no file"),
+        ("--model.path empty", "model.path", "config.json"),
+        ("--model.path adapter", "model.path", "burnish merge"),
+        ("--model.path rows.jsonl", "model.path", "is a file"),
+        ("--model.path /no/such/model", "model.path", "no folder"),
+        ("--model.trust_remote_code true", "model.trust_remote_code", "Pin"),
+        ("--adapter.targets []", "adapter.targets", "empty"),
+        ("--checkpoint.resume runs/b/checkpoints/step-1", "checkpoint.resume", "no folder"),
+        ("--output_dir .", "output_dir", "own"),
+        ("--output_dir /", "output_dir", "own"),
+        ("--output_dir rows.jsonl", "output_dir", "is a file"),
+        ("--output_dir model --model.path model", "output_dir", "write over"),
+    ],
+)
+def test_contradictions(flags, where, message):
+    with pytest.raises(ConfigError) as caught:
+        load_config(None, BASE + flags.split(" "))
+    found = {p.where: p.what + p.cure for p in caught.value.problems}
+    assert message in found[where], found
+    assert all(p.cure for p in caught.value.problems)
+
+
+def test_weights_need_the_weighted_mix():
+    source = "[{path: rows.jsonl, weight: 2, name: a}, {path: rows.jsonl, name: a}]"
+    with pytest.raises(ConfigError) as caught:
+        load_config(None, [*BASE, "--data.train", source])
+    assert [p.where for p in caught.value.problems] == ["data.train[0].weight", "data.train[1].name"]
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "--data.train org/dataset",
+        "--data.train dataset --model.path model",
+        "--data.train *.jsonl --data.chat_template chat.jinja",
+        "--data.chat_template chatml --checkpoint.resume must",
+        "--adapter.quantize nf4 --engine.zero_stage 3 --engine.kind local",
+        "--adapter.quantize nf4 --engine.zero_stage 2",
+        "--engine.zero_stage 3 --engine.offload_params cpu",
+        "--model.path model --model.init random --adapter.rank 4 --model.trust_remote_code",
+        "--eval.every_steps 5 --data.eval_fraction 0.1",
+    ],
+)
+def test_what_is_right_passes(flags):
+    load_config(None, BASE + flags.split(" "))
