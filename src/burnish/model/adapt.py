@@ -1,0 +1,102 @@
+"""Adapters and activation checkpointing: what is trained, and what is computed again."""
+
+from __future__ import annotations
+
+import difflib
+from typing import Literal
+
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import nn
+from transformers import PreTrainedModel
+
+from burnish.config.schema import AdapterConfig
+from burnish.errors import ConfigError, Problem
+
+Checkpointing = Literal["none", "light", "full"]
+
+
+def adapt(
+    model: PreTrainedModel, adapter: AdapterConfig | None, activation_checkpointing: Checkpointing
+) -> PreTrainedModel | PeftModel:
+    """Make a loaded model trainable as the config says.
+
+    Args:
+        model: The base model.
+        adapter: None trains every weight; otherwise the base is frozen and adapter weights, in fp32,
+            are trained.
+        activation_checkpointing: `none`, or `full`: every layer keeps its input and is computed again
+            in the backward. (`auto` is decided by the caller.)
+
+    Raises:
+        ConfigError: Target modules that do not exist, or a level this model cannot do.
+    """
+    if activation_checkpointing == "light":
+        raise ConfigError(
+            Problem(
+                "model.activation_checkpointing",
+                "light is not built yet",
+                "Use none, or full where memory is short.",
+            )
+        )
+    if activation_checkpointing == "full":
+        _checkpoint_layers(model)
+    if adapter is None:
+        return model
+    if activation_checkpointing == "full":
+        # The frozen embeddings' output needs no gradient; a recomputed layer wants an input that does.
+        model.enable_input_require_grads()
+    adapted = get_peft_model(model, _lora_config(model, adapter), autocast_adapter_dtype=False)
+    assert isinstance(adapted, PeftModel)
+    for parameter in adapted.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    return adapted
+
+
+def _checkpoint_layers(model: PreTrainedModel) -> None:
+    if not model.supports_gradient_checkpointing:
+        raise ConfigError(
+            Problem(
+                "model.activation_checkpointing",
+                f"{type(model).__name__} cannot compute its layers again",
+                "Set it to none.",
+            )
+        )
+    # Non-reentrant: the only kind that works with frozen inputs and keyword arguments.
+    model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+
+
+def _lora_config(model: PreTrainedModel, adapter: AdapterConfig) -> LoraConfig:
+    targets = _targets(model, adapter.targets)
+    return LoraConfig(
+        task_type="CAUSAL_LM",
+        r=adapter.rank,
+        lora_alpha=adapter.alpha,  # pyright: ignore[reportArgumentType]
+        lora_dropout=adapter.dropout,
+        target_modules=targets,
+        use_rslora=adapter.kind == "rslora",
+        use_dora=adapter.kind == "dora",
+        init_lora_weights="pissa" if adapter.kind == "pissa" else True,
+    )
+
+
+def _targets(model: PreTrainedModel, targets: str | tuple[str, ...]) -> str | list[str]:
+    """Target modules for peft, every name checked against the model."""
+    if isinstance(targets, str):
+        return targets  # peft's all-linear: every linear layer but the output embeddings
+    names = [name for name, _ in model.named_modules() if name]
+    known = set(names) | {name.rsplit(".", 1)[-1] for name in names}
+    problems = []
+    for target in targets:
+        if target in known or any(name.endswith(f".{target}") for name in names):
+            continue
+        close = difflib.get_close_matches(target, sorted(known), n=3)
+        cure = f"Did you mean {' or '.join(close)}?" if close else f"There are: {', '.join(_leaves(model))}."
+        problems.append(Problem("adapter.targets", f"the model has no module {target!r}", cure))
+    if problems:
+        raise ConfigError(*problems)
+    return list(targets)
+
+
+def _leaves(model: PreTrainedModel) -> list[str]:
+    return sorted({n.rsplit(".", 1)[-1] for n, m in model.named_modules() if isinstance(m, nn.Linear)})

@@ -1,0 +1,57 @@
+"""Where the parts of a Hugging Face causal language model are: body, head, and what the head does."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import nn
+from transformers import PreTrainedModel
+
+from burnish.model.head import HeadShape
+
+
+@dataclass(frozen=True)
+class Head:
+    """A head that is one matrix, and what is done to its output."""
+
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+    shape: HeadShape
+
+
+def causal_model(model: nn.Module) -> PreTrainedModel:
+    """The Hugging Face model itself, inside an adapter or not."""
+    inner = model.get_base_model() if isinstance(model, PeftModel) else model
+    if not isinstance(inner, PreTrainedModel):
+        raise TypeError(f"expected a transformers model, got {type(inner).__name__}")
+    return inner
+
+
+def body_of(model: PreTrainedModel) -> nn.Module | None:
+    """The part that turns tokens into hidden states; None where there is no such part apart."""
+    body = model.get_decoder()
+    return None if body is model else body
+
+
+def head_of(model: PreTrainedModel) -> Head | None:
+    """The head, if it is one plain linear layer (an adapter on it makes it more than that)."""
+    layer = model.get_output_embeddings()
+    if type(layer) is not nn.Linear:
+        return None
+    return Head(layer.weight, layer.bias, head_shape(model.config))
+
+
+def head_shape(config: Any) -> HeadShape:
+    """What a family does to its logits, from the config attributes that families share.
+
+    Only a proposal: `capability.py` compares it with the model's own logits.
+    """
+    text = config.get_text_config(decoder=True).to_dict()
+    scale = float(text.get("logit_scale") or 1.0)  # Cohere
+    scale *= float(text.get("lm_head_multiplier") or 1.0)  # Falcon-H1
+    scale /= float(text.get("logits_scaling") or 1.0)  # Granite
+    softcap = text.get("final_logit_softcapping")  # Gemma 2 and later
+    return HeadShape(scale, None if not softcap else float(softcap))

@@ -1,0 +1,193 @@
+"""The loss on supervised positions only: the head, the softmax and their gradients in one go.
+
+The weights of a window's loss are known before its first forward. So the gradient of the logits is
+known as soon as the logits are, and the gradients of the hidden states and of the head are formed in
+the forward, chunk by chunk: three matrix products instead of four, and never more than one chunk of
+logits in memory. The idea is that of Cut Cross-Entropy and Liger's fused linear cross-entropy.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float, Float32, Int64
+from torch.autograd.function import once_differentiable
+
+MIN_CHUNK_ROWS = 1024
+"""Rows of logits per matrix product: smaller ones run below the matrix rate."""
+BLOCK_BYTES_CPU = 4 * 2**20
+BLOCK_BYTES_CUDA = 256 * 2**20
+"""fp32 logits worked on at once, inside a chunk: what stays in a CPU's cache, or fills a GPU."""
+
+
+@dataclass(frozen=True)
+class HeadShape:
+    """What becomes of `hidden @ weight.T + bias` before the softmax."""
+
+    scale: float = 1.0
+    """Factor on the logits (Cohere's `logit_scale`, one over Granite's `logits_scaling`)."""
+    softcap: float | None = None
+    """After that, logits become `softcap * tanh(logits / softcap)` (Gemma 2)."""
+
+
+def supervised_loss(
+    hidden: Float[torch.Tensor, "targets width"],
+    head_weight: Float[torch.Tensor, "vocabulary width"],
+    head_bias: Float[torch.Tensor, " vocabulary"] | None,
+    targets: Int64[torch.Tensor, " targets"],
+    weights: Float32[torch.Tensor, " targets"],
+    shape: HeadShape,
+) -> Float32[torch.Tensor, ""]:
+    """`sum(weight * nll)` over supervised positions, differentiable once.
+
+    Args:
+        hidden: Hidden states at the supervised positions; there may be none: the loss is then 0, and
+            its gradients are zeros, not absent, so that every rank's collectives match.
+        head_weight: The head's matrix.
+        head_bias: Its bias.
+        targets: Token to be produced at each position.
+        weights: Loss weight of each position.
+        shape: What is done to the logits.
+    """
+    return _SupervisedLoss.apply(hidden, head_weight, head_bias, targets, weights, shape)
+
+
+@torch.no_grad()
+def token_nll(
+    hidden: Float[torch.Tensor, "targets width"],
+    head_weight: Float[torch.Tensor, "vocabulary width"],
+    head_bias: Float[torch.Tensor, " vocabulary"] | None,
+    targets: Int64[torch.Tensor, " targets"],
+    shape: HeadShape,
+) -> Float32[torch.Tensor, " targets"]:
+    """Negative log-likelihood of every target, without gradients and without full logits."""
+    work = _Work.prepare(hidden, head_weight, head_bias, shape)
+    nll = torch.zeros(len(targets), dtype=torch.float32, device=hidden.device)
+    for begin in range(0, len(targets), MIN_CHUNK_ROWS):
+        rows = slice(begin, begin + MIN_CHUNK_ROWS)
+        work.nll_and_gradient(work.hidden[rows], targets[rows], None, nll[rows])
+    return nll
+
+
+@dataclass(frozen=True)
+class _Work:
+    """The head in the dtype that matrix products run in, and how many rows are softmaxed at once."""
+
+    hidden: torch.Tensor
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+    shape: HeadShape
+    block_rows: int
+
+    @staticmethod
+    def prepare(
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        shape: HeadShape,
+    ) -> _Work:
+        kind = hidden.device.type
+        autocast = torch.is_autocast_enabled(kind)
+        dtype = torch.get_autocast_dtype(kind) if autocast else weight.dtype
+        block_bytes = BLOCK_BYTES_CUDA if kind == "cuda" else BLOCK_BYTES_CPU
+        block_rows = max(1, block_bytes // (4 * weight.shape[0]))
+        # One cast of the head per micro-batch, not one per chunk.
+        bias = None if bias is None else bias.to(dtype)
+        return _Work(hidden.to(dtype), weight.to(dtype), bias, shape, block_rows)
+
+    def nll_and_gradient(
+        self,
+        hidden: torch.Tensor,
+        targets: torch.Tensor,
+        weights: torch.Tensor | None,
+        nll: torch.Tensor,
+    ) -> torch.Tensor:
+        """Fill `nll`; with weights, return the gradient of `sum(weights * nll)` with respect to
+        `hidden @ weight.T + bias`, in the place of those logits."""
+        logits = hidden @ self.weight.T
+        if self.bias is not None:
+            logits += self.bias
+        for begin in range(0, len(targets), self.block_rows):
+            rows = slice(begin, begin + self.block_rows)
+            block, slope = self._shaped(logits[rows])
+            peak = block.amax(-1, keepdim=True)
+            at_target = block.gather(1, targets[rows, None])
+            block.sub_(peak).exp_()
+            total = block.sum(-1, keepdim=True)
+            nll[rows] = (total.log() + peak - at_target)[:, 0]
+            if weights is None:
+                continue
+            # d nll / d logits = softmax - one_hot(target)
+            share = weights[rows, None]
+            block.mul_(share / total).scatter_add_(1, targets[rows, None], -share)
+            logits[rows] = block if slope is None else block.mul_(slope)
+        return logits
+
+    def _shaped(self, block: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | float | None]:
+        """Logits in fp32 as the model means them, and their derivative by the raw ones."""
+        shape = self.shape
+        block = block.float() if block.dtype != torch.float32 else block.clone()
+        slope: torch.Tensor | float | None = None
+        if shape.scale != 1.0:
+            block, slope = block.mul_(shape.scale), shape.scale
+        if shape.softcap is not None:
+            squashed = torch.tanh_(block.div_(shape.softcap))
+            slope = (1 - squashed * squashed).mul_(shape.scale)
+            block = squashed * shape.softcap
+        return block, slope
+
+
+class _SupervisedLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        targets: torch.Tensor,
+        weights: torch.Tensor,
+        shape: HeadShape,
+    ) -> torch.Tensor:
+        wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[:3]
+        num_targets = len(targets)
+        work = _Work.prepare(hidden, weight, bias, shape)
+        nll = torch.zeros(num_targets, dtype=torch.float32, device=hidden.device)
+        d_hidden = torch.empty_like(hidden) if wants_hidden else None
+        # bf16 sums over several chunks lose 2e-3 of the gradient: fp32 between chunks.
+        d_weight = (
+            torch.zeros(weight.shape, dtype=torch.float32, device=weight.device) if wants_weight else None
+        )
+        d_bias = (
+            torch.zeros(weight.shape[0], dtype=torch.float32, device=weight.device) if wants_bias else None
+        )
+        wanted = weights if any(ctx.needs_input_grad[:3]) else None
+        with torch.autocast(hidden.device.type, enabled=False):
+            for begin in range(0, num_targets, MIN_CHUNK_ROWS):
+                rows = slice(begin, begin + MIN_CHUNK_ROWS)
+                chunk = None if wanted is None else wanted[rows]
+                gradient = work.nll_and_gradient(work.hidden[rows], targets[rows], chunk, nll[rows])
+                if d_hidden is not None:
+                    d_hidden[rows] = gradient @ work.weight
+                if d_weight is not None:
+                    d_weight += gradient.T @ work.hidden[rows]
+                if d_bias is not None:
+                    d_bias += gradient.sum(0, dtype=torch.float32)
+        ctx.gradients = (
+            d_hidden,
+            None if d_weight is None else d_weight.to(weight.dtype),
+            None if d_bias is None or bias is None else d_bias.to(bias.dtype),
+        )
+        # fp64 for one number: the sum over a window's tokens must not depend on how it was cut.
+        return (nll.double() * weights.double()).sum().float()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
+        gradients, ctx.gradients = ctx.gradients, None
+        if gradients is None:
+            raise RuntimeError("the supervised loss can be differentiated only once")
+        # In place: a second matrix of the head's size would be the peak of the step.
+        scaled = tuple(None if g is None else g.mul_(grad) for g in gradients)
+        return *scaled, None, None, None
