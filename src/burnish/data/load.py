@@ -201,11 +201,12 @@ def _hub_files(source: SourceConfig) -> list[Path]:
             Problem(source.path, f"split {source.split!r} is a slice", "Name the split; use max_examples.")
         )
     import datasets
+    from datasets.exceptions import DatasetsError
 
     name, _, config = source.path.partition(":")
     try:
         loaded = datasets.load_dataset(name, config or None, split=source.split)
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+    except (OSError, ValueError, DatasetsError) as error:
         cure = "If it is meant to be a file, there is none of this name. Else check name, split and network."
         raise DataError(Problem(source.path, f"cannot be loaded from the hub: {error}", cure)) from error
     return [Path(item["filename"]) for item in loaded.cache_files]  # type: ignore[union-attr]
