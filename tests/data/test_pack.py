@@ -144,7 +144,7 @@ def test_padding_is_counted() -> None:
 
 def test_a_window_of_a_big_cluster_is_packed_in_time() -> None:
     lengths = alpaca_like(np.random.default_rng(1), 512 * 128)
-    started = time.perf_counter()
+    started = time.process_time()
     cuts = pack_window(lengths, 512, MicroBudget(4096, None), COST)
-    assert time.perf_counter() - started < 5
+    assert time.process_time() - started < 5
     assert imbalance(lengths, cuts, COST) < 0.02

@@ -86,6 +86,40 @@ def num_micro_batches(
     return max(1, -(-len(_runs(descending, budget)) // num_ranks))
 
 
+def num_micro_batches_of_many(
+    lengths: Int64[np.ndarray, " examples"],
+    starts: Int64[np.ndarray, " windows_plus_1"],
+    num_ranks: int,
+    budget: MicroBudget,
+    packed: bool = True,
+) -> tuple[Int64[np.ndarray, " windows"], Int64[np.ndarray, " windows"]]:
+    """`num_micro_batches` and `least_micro_batches` of many windows at once.
+
+    Args:
+        lengths: Tokens of each document, window after window.
+        starts: Where each window starts in `lengths`, and where the last one ends; none is empty.
+        num_ranks: Data-parallel ranks.
+        budget: Of a micro-batch.
+        packed: As in `pack_window`.
+    """
+    sizes = np.diff(starts)
+    table = np.zeros((len(sizes), int(sizes.max())), np.int64)
+    table[np.arange(table.shape[1]) < sizes[:, None]] = -lengths
+    table.sort(axis=1)
+    np.negative(table, out=table)
+    least = np.ones(len(sizes), np.int64)
+    if budget.tokens is not None:
+        least = np.maximum(least, -(-table.sum(axis=1) // (num_ranks * budget.tokens)))
+    if budget.examples is not None:
+        least = np.maximum(least, -(-sizes // (num_ranks * budget.examples)))
+    if not packed:
+        return np.maximum(1, -(-_num_runs_of_many(table, sizes, budget) // num_ranks)), least
+    num = least.copy()
+    for window in np.flatnonzero(~surely_fits(table, least, num_ranks, budget)):
+        num[window] = _num_packed(table[window, : sizes[window]], num_ranks, budget)
+    return num, least
+
+
 def least_micro_batches(lengths: Int64[np.ndarray, " n"], num_ranks: int, budget: MicroBudget) -> int:
     """Micro-batches per rank below which documents cannot fit, whatever the packing."""
     return _at_least(int(lengths.sum()), len(lengths), num_ranks, budget)
@@ -298,6 +332,26 @@ def _runs(descending: np.ndarray, budget: MicroBudget) -> list[tuple[int, int]]:
         runs.append((start, stop))
         start = stop
     return runs
+
+
+def _num_runs_of_many(
+    table: Int64[np.ndarray, "windows n"], sizes: Int64[np.ndarray, " windows"], budget: MicroBudget
+) -> Int64[np.ndarray, " windows"]:
+    """`len(_runs(...))` of many windows: rows of descending lengths, zeros on the right."""
+    start = np.zeros(len(sizes), np.int64)
+    num = np.zeros(len(sizes), np.int64)
+    left = np.arange(len(sizes))
+    while len(left):
+        longest = table[left, start[left]]
+        rows = np.full(len(left), table.shape[1])
+        if budget.examples is not None:
+            rows = np.minimum(rows, budget.examples)
+        if budget.tokens is not None:
+            rows = np.minimum(rows, np.maximum(1, budget.tokens // longest))
+        start[left] += rows
+        num[left] += 1
+        left = left[start[left] < sizes[left]]
+    return num
 
 
 def _rows(longest: int, most: int, budget: MicroBudget) -> int:

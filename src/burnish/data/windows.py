@@ -129,8 +129,8 @@ class WindowPlan:
         Raises:
             IndexError: There is no such step.
         """
-        epoch, start, stop = self._locate(step)
-        example_ids = self.epoch_order(epoch)[start:stop]
+        epoch = self._locate(step)[0]
+        example_ids = self.example_ids(step)
         lengths = self._counts.num_tokens[example_ids].astype(np.int64)
         cuts = pack_window(lengths, self.world_size, self.budget, self.cost, self.packed)
         return Window(
@@ -142,6 +142,11 @@ class WindowPlan:
             num_supervised_tokens=int(self._counts.num_supervised[example_ids].sum()),
             cuts=tuple(tuple(example_ids[cut] for cut in rank) for rank in cuts),
         )
+
+    def example_ids(self, step: int) -> Int64[np.ndarray, " examples"]:
+        """The example numbers of a window, not yet cut."""
+        epoch, start, stop = self._locate(step)
+        return self.epoch_order(epoch)[start:stop]
 
     def epochs_done(self, step: int) -> float:
         """Passes over the data after this step (0 to `num_steps`): 0.5 is half an epoch."""

@@ -1,0 +1,105 @@
+"""A plan's counts are the run's: compared with every window cut for real. And planning is fast."""
+
+import resource
+import time
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from burnish.config.schema import BatchConfig, DataConfig, TrainConfig
+from burnish.data.count import count_windows
+from burnish.data.windows import plan_windows
+
+
+@dataclass(frozen=True)
+class Counts:
+    num_tokens: np.ndarray
+    total_weight: np.ndarray
+    num_supervised: np.ndarray
+    source_ids: np.ndarray
+    source_names: tuple[str, ...]
+
+
+def counts(num: int, seed: int = 0, longest: int = 2048) -> Counts:
+    rng = np.random.default_rng(seed)
+    tokens = np.clip(rng.lognormal(4.8, 0.7, num), 2, longest).astype(np.int64)
+    source_ids = (np.arange(num) % 3 == 0).astype(np.int32)
+    return Counts(tokens, tokens * 0.5, tokens - 1, source_ids, ("a", "b"))
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.integers(3, 200),
+    st.integers(1, 9),
+    st.booleans(),
+    st.sampled_from([{}, {"micro_tokens": 300}, {"micro_tokens": 5000}, {"micro_examples": 3}]),
+    st.sampled_from([{}, {"global_examples": 7}, {"global_tokens": 900}]),
+    st.sampled_from([{}, {"epochs": 2.3}, {"epochs": 0.4}, {"max_steps": 2}]),
+    st.sampled_from(["concat", "weighted"]),
+)
+def test_counts_equal_the_sums_over_all_windows(num, ranks, packed, micro, whole, train, mix) -> None:
+    arrays = counts(num, num, longest=300)
+    data = DataConfig.model_validate(
+        {"train": [{"path": "a", "weight": 0.3}, {"path": "b", "weight": 0.5}], "mix": mix}
+    )
+    batch = BatchConfig.model_validate(micro | whole)
+    plan = plan_windows(arrays, data, batch, TrainConfig.model_validate(train), ranks, packed)
+    planned = count_windows(plan, arrays)
+    run = [plan.window(step) for step in range(1, plan.num_steps + 1)]
+    micro_batches = [len(w.cuts[0]) for w in run]
+    assert planned.num_steps == len(run)
+    assert planned.num_examples == sum(len(w.example_ids) for w in run)
+    assert planned.num_tokens == sum(w.num_tokens for w in run)
+    assert planned.num_supervised_tokens == sum(w.num_supervised_tokens for w in run)
+    assert planned.micro_batches_total == sum(micro_batches)
+    assert (planned.micro_batches_min, planned.micro_batches_max) == (min(micro_batches), max(micro_batches))
+    assert planned.max_window_tokens == max(w.num_tokens for w in run)
+    held = np.concatenate([w.example_ids for w in run])
+    assert planned.max_example_tokens == arrays.num_tokens[held].max()
+    assert (
+        list(planned.examples_per_source.values())
+        == np.bincount(arrays.source_ids[held], minlength=2).tolist()
+    )
+    for w in run:
+        for cut in (cut for rank in w.cuts for cut in rank if len(cut)):
+            lengths = arrays.num_tokens[cut]
+            tokens = lengths.sum() if packed else len(lengths) * lengths.max()
+            assert tokens <= planned.max_micro_tokens
+
+
+@pytest.mark.parametrize(("ranks", "global_examples"), [(8, 256), (512, 32 * 1024)])
+def test_a_million_examples_are_planned_in_seconds(ranks, global_examples) -> None:
+    """A tenth of the ten million that are promised in 30 s and 1 GiB. Processor time: tests run side by side."""
+    arrays = counts(1_000_000)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    started = time.process_time()
+    data = DataConfig.model_validate({"train": ["a", "b"]})
+    plan = plan_windows(
+        arrays, data, BatchConfig(global_examples=global_examples), TrainConfig(), ranks, True
+    )
+    planned = count_windows(plan, arrays)
+    assert time.process_time() - started < 5
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100 * 1024  # KiB
+    assert planned.least_micro_batches_share > 0.99
+    assert planned.imbalance_mean < 0.01
+    assert planned.imbalance_max < 0.02
+
+
+def test_512_ranks_take_every_example_once_in_equal_micro_batches() -> None:
+    """The simulation of a cluster, on a twentieth of its data so that the test stays short."""
+    arrays = counts(500_000, seed=3)
+    data = DataConfig.model_validate({"train": ["a", "b"]})
+    plan = plan_windows(arrays, data, BatchConfig(global_examples=65_536), TrainConfig(), 512, True)
+    seen = np.zeros(len(arrays.num_tokens), np.int64)
+    for step in range(1, plan.num_steps + 1):
+        window = plan.window(step)
+        assert len(window.cuts) == 512
+        assert len({len(rank) for rank in window.cuts}) == 1
+        for rank in window.cuts:
+            for cut in rank:
+                seen[cut] += 1
+                assert arrays.num_tokens[cut].sum() <= 4096
+    assert (seen == 1).all()
