@@ -1,0 +1,93 @@
+"""The tokenizer and the chat template of a run."""
+
+from __future__ import annotations
+
+import re
+from importlib import resources
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from burnish.config.schema import DataConfig, ModelConfig
+from burnish.errors import DataError, Problem
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_NAME = re.compile(r"[A-Za-z0-9_.-]+")
+
+
+def builtin_templates() -> dict[str, str]:
+    """Names of the templates that come with Burnish, and their text."""
+    folder = resources.files("burnish.data") / "templates"
+    return {
+        item.name.removesuffix(".jinja"): item.read_text(encoding="utf-8").rstrip("\n")
+        for item in sorted(folder.iterdir(), key=lambda item: item.name)
+        if item.name.endswith(".jinja")
+    }
+
+
+def load_tokenizer(model: ModelConfig, data: DataConfig) -> tuple[PreTrainedTokenizerBase, str | None]:
+    """Load the tokenizer, and find the chat template that conversations are written with.
+
+    Args:
+        model: Its `tokenizer`, or else its `path`, names the tokenizer.
+        data: Its `chat_template` is a file, a built-in name, or null for the tokenizer's own.
+
+    Returns:
+        The tokenizer, and the template's text; None where there is none, which only data of plain
+        text or ready-made tokens can do without (`Encoder` says so at the first conversation).
+
+    Raises:
+        DataError: The tokenizer cannot be loaded, has no fast (Rust) form, or the template is neither
+            a file nor a built-in name.
+    """
+    from transformers import AutoTokenizer
+
+    path = model.tokenizer or model.path
+    where = "model.tokenizer" if model.tokenizer else "model.path"
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            path, revision=model.revision, trust_remote_code=model.trust_remote_code
+        )
+    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
+        raise DataError(
+            Problem(
+                where,
+                f"{path}: no tokenizer can be loaded from there: {error}",
+                "Give a folder or hub name with a tokenizer.json, or set model.tokenizer.",
+            )
+        ) from error
+    if not tokenizer.is_fast:
+        raise DataError(
+            Problem(
+                where,
+                f"{path}: this tokenizer has no fast form, so tokens cannot be traced to characters",
+                "Save it with a tokenizer.json, or set model.tokenizer to one that has it.",
+            )
+        )
+    return tokenizer, _find_template(tokenizer, data.chat_template)
+
+
+def _find_template(tokenizer: PreTrainedTokenizerBase, name: str | None) -> str | None:
+    if name is None:
+        return _own_template(tokenizer)
+    file = Path(name)
+    if file.is_file():
+        try:
+            return file.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise DataError(Problem("data.chat_template", f"{name}: cannot be read: {error}")) from error
+    builtin = builtin_templates()
+    if name in builtin:
+        return builtin[name]
+    what = "no such built-in template" if _NAME.fullmatch(name) else "no such file"
+    cure = f"Give a file, or one of the built-in names: {', '.join(builtin)}."
+    raise DataError(Problem("data.chat_template", f"{name!r}: {what}", cure))
+
+
+def _own_template(tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """The tokenizer's template; of several, the one called `default`."""
+    own = tokenizer.chat_template
+    if isinstance(own, dict):
+        return own.get("default")
+    return own or None
