@@ -7,7 +7,7 @@ from tiny_models import FAMILIES, build, collate, gradients, make_documents, ref
 from burnish.config.schema import AdapterConfig
 from burnish.model.adapt import adapt
 from burnish.model.anatomy import causal_model
-from burnish.model.capability import can_isolate
+from burnish.model.attention import can_isolate
 from burnish.model.forward import SupervisedModel, to_device
 
 CPU = torch.device("cpu")

@@ -47,7 +47,7 @@ def head_of(model: PreTrainedModel) -> Head | None:
 def head_shape(config: Any) -> HeadShape:
     """What a family does to its logits, from the config attributes that families share.
 
-    Only a proposal: `capability.py` compares it with the model's own logits.
+    Only a proposal: `attention.py` compares it with the model's own logits.
     """
     text = config.get_text_config(decoder=True).to_dict()
     scale = float(text.get("logit_scale") or 1.0)  # Cohere

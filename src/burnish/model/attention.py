@@ -1,237 +1,211 @@
-"""Attention that keeps packed documents apart: which implementation, and the function itself.
+"""What a model can be trusted with, decided by trying it and not by its name.
 
-**How boundaries travel.** A model is handed, as its `attention_mask`, a small integer tensor that
-holds where documents begin (`document_mask`). transformers passes a mask of four dimensions on as it
-is, builds none of its own, and every layer hands it to the attention function. So the boundaries are
-an ordinary argument of every layer: activation checkpointing saves it and gives it back in the
-backward, and nothing is held in a global. Real masks are bool or float, so ours cannot be mistaken.
+Two questions: may documents be packed into one row, and is the head a plain matrix. Both are answered
+by comparing numbers on a few tokens, so a family that transformers adds tomorrow falls into the safe
+path (padded rows, the model's own head) by itself.
 
-Without such a tensor (generation, padded micro-batches) the function is transformers' own SDPA.
+The trial runs on the model itself where that is exact (fp32, all weights here), and otherwise on a
+small fp32 model of the same architecture (`surrogate.py`): isolation is a matter of structure, not of
+weights, and bf16 rounding or weights partitioned by ZeRO-3 would only blur or prevent the trial.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int32
 from torch import nn
+from transformers import PreTrainedModel
 
-from burnish.model.cpu_attention import causal_mask, document_flash_attention
+from burnish.model.anatomy import body_of, causal_model, head_of
+from burnish.model.document_attention import ATTENTION_NAME, document_mask, register_attention
+from burnish.model.surrogate import REFUSALS, build_surrogate
+from burnish.model.windows_asked import windows_disagree
 
-ATTENTION_NAME = "burnish"
-"""Under this name transformers knows our attention function, once `register_attention` was called."""
+PROBE_LENGTHS = (7, 6)
+"""Tokens of the two documents of a trial."""
 
-VARLEN_DTYPES = (torch.bfloat16, torch.float16)
-VARLEN_MAX_HEAD_WIDTH = 256
-
-# What families pass to an attention function without wanting another result from it.
-_WITHOUT_EFFECT = frozenset(
-    {
-        "position_ids", "use_cache", "output_attentions", "output_hidden_states", "cache_position",
-        "is_causal", "return_dict", "output_router_logits", "num_items_in_batch", "labels",
-        "layer_idx", "deterministic",
-    }
-)  # fmt: skip
-
-DocumentMask = Int32[torch.Tensor, "1 1 longest bounds"]
+OWN = ("auto", "varlen")
+"""Choices of `model.attention` that mean our attention function."""
 
 
 @dataclass(frozen=True)
-class Scores:
-    """What a layer wants done to its attention scores."""
+class Capability:
+    """How a model is to be fed, and why."""
 
-    scale: float
-    window: int | None
-    softcap: float | None
-    sinks: torch.Tensor | None
-    dropout: float
-
-    @property
-    def plain(self) -> bool:
-        """Nothing but scale, window and softmax: what kernels know."""
-        return self.softcap is None and self.sinks is None and self.dropout == 0.0
+    packed: bool
+    """Documents may lie end to end in one row."""
+    attention: str
+    """The attention implementation, as transformers calls it (`burnish` is ours)."""
+    reason: str
+    """Why it is not packed, or what was checked; for the plan and for people."""
+    fused_head: bool = False
+    """The head is one matrix, and `head_shape` says right what becomes of its output."""
 
 
-class UnsupportedAttentionError(Exception):
-    """A layer asks for something that packed documents cannot be given; they must be padded."""
-
-
-def register_attention() -> None:
-    """Make our attention function known to transformers. Needed before a model uses it; harmless twice."""
-    from transformers import AttentionInterface, AttentionMaskInterface
-    from transformers.masking_utils import sdpa_mask
-
-    AttentionInterface.register(ATTENTION_NAME, document_attention)
-    # Only asked for when there is no document mask: then the function is SDPA and needs its masks.
-    AttentionMaskInterface.register(ATTENTION_NAME, sdpa_mask)
-
-
-def document_mask(bounds: Int32[torch.Tensor, " bounds"], longest: int) -> DocumentMask:
-    """Document boundaries in the shape of an attention mask.
+def can_isolate(model: nn.Module, choice: str = "auto", max_tokens: int | None = None) -> Capability:
+    """Find out how a model is to be fed, and set its attention accordingly.
 
     Args:
-        bounds: `[0, ..., tokens]`, where documents begin and the last one ends.
-        longest: Length of the longest document. It travels as a size, because a kernel needs it on
-            the host and reading it from the device would stop the step.
+        model: A causal language model with its weights (or ZeRO-3's shards), adapted or not.
+        choice: `model.attention` of the config.
+        max_tokens: Tokens of the longest document; None if that is not known.
     """
-    return bounds.view(1, 1, 1, -1).expand(1, 1, longest, -1)
+    causal = causal_model(model)
+    register_attention()
+    subject = _subject(causal)
+    if subject is None:
+        attention, reason = "eager", f"a small {type(causal).__name__} could not be built to try packing"
+        capability = Capability(False, attention, reason)
+    else:
+        with _quiet(subject):
+            capability = _try_out(subject, choice, max_tokens)
+    causal.set_attn_implementation(capability.attention)
+    return capability
 
 
-def is_document_mask(mask: torch.Tensor | None) -> bool:
-    """Whether an attention mask carries document boundaries."""
-    return mask is not None and mask.dtype == torch.int32 and mask.dim() == 4
+def _subject(model: PreTrainedModel) -> PreTrainedModel | None:
+    """On which model the trial is to run; None where there is none."""
+    whole = all(p.numel() > 0 for p in model.parameters())  # ZeRO-3 leaves empty ones
+    exact = whole and all(p.dtype == torch.float32 for p in model.parameters())
+    if exact:
+        return model
+    return build_surrogate(model) or (model if whole else None)
 
 
-def document_attention(  # noqa: PLR0913, PLR0917 (transformers calls it by these names)
-    module: nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    scaling: float | None = None,
-    dropout: float = 0.0,
-    sliding_window: int | None = None,
-    softcap: float | None = None,
-    s_aux: torch.Tensor | None = None,
-    **others: Any,
-) -> tuple[torch.Tensor, None]:
-    """The attention function that transformers' layers call, under the name `burnish`.
+def _try_out(model: PreTrainedModel, choice: str, max_tokens: int | None) -> Capability:
+    fused = verify_head(model)
+    padded = _padded_attention(model, choice)
+    if choice not in OWN:
+        return Capability(False, padded, f"packing is not offered with attention: {choice}", fused)
+    problem = _rope_mixes(model, max_tokens) or verify_isolation(model)
+    if problem is not None:
+        return Capability(False, padded, problem, fused)
+    return Capability(True, ATTENTION_NAME, "packed documents equal documents alone", fused)
+
+
+def _padded_attention(model: PreTrainedModel, choice: str) -> str:
+    """transformers' attention for padded rows: as asked for, else SDPA where it gives what the
+    written-out attention gives (it ignores Gemma 2's soft-capping, for one)."""
+    if choice not in OWN:
+        return {"flex": "flex_attention"}.get(choice, choice)
+    body = body_of(model)
+    if not model._supports_sdpa or body is None:
+        return "eager"
+    tokens = _probe_tokens(model)[0]
+    model.set_attn_implementation("eager")
+    eager = _alone(body, tokens)
+    model.set_attn_implementation("sdpa")
+    return "sdpa" if _close(eager, _alone(body, tokens)) else "eager"
+
+
+def _rope_mixes(model: PreTrainedModel, max_tokens: int | None) -> str | None:
+    """Rotations that are chosen by the longest document of a row (dynamic NTK, LongRoPE) are another
+    one's business too, as soon as one is longer than the context the model was first trained with."""
+    text = model.config.get_text_config(decoder=True).to_dict()
+    rope = text.get("rope_parameters") or {}
+    kinds = {str(r.get("rope_type")) for r in (rope, *rope.values()) if isinstance(r, dict)}
+    if not kinds & {"dynamic", "longrope"}:
+        return None
+    limit = rope.get("original_max_position_embeddings") or text.get("original_max_position_embeddings")
+    limit = limit or text.get("max_position_embeddings")
+    if max_tokens is not None and limit is not None and max_tokens <= limit:
+        return None
+    return f"its positions are scaled by the longest document of a row beyond {limit} tokens"
+
+
+def verify_isolation(model: PreTrainedModel) -> str | None:
+    """Compare two packed documents with each alone.
 
     Args:
-        module: The layer; not used where documents are packed.
-        query: `[1, heads, tokens, width]`, documents end to end.
-        key: `[1, key_heads, tokens, width]`.
-        value: The same.
-        attention_mask: A `document_mask`; anything else goes to transformers' SDPA.
-        scaling: Factor on the scores; `1 / sqrt(width)` if None.
-        dropout: Probability of dropping an attention weight.
-        sliding_window: How many tokens a token sees, itself included.
-        softcap: Scores become `softcap * tanh(score / softcap)` (Gemma 2).
-        s_aux: One more score per head that takes its share of the softmax: a sink (gpt-oss).
-        **others: What the layer passes besides.
+        model: The model, in evaluation mode; its attention implementation is changed.
 
     Returns:
-        `[1, tokens, heads, width]`, and None for the attention weights.
-
-    Raises:
-        UnsupportedAttentionError: The layer asks for something that is not known here.
+        None if they are equal and the second does not see the first; otherwise what is wrong.
     """
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    scores = Scores(scale, sliding_window, softcap, s_aux, dropout)
-    if attention_mask is None or not is_document_mask(attention_mask):
-        return _without_documents(module, query, key, value, attention_mask, scores, others)
-    unknown = sorted(
-        name for name, given in others.items() if given is not None and name not in _WITHOUT_EFFECT
-    )
-    if unknown:
-        raise UnsupportedAttentionError(f"its layers pass {', '.join(unknown)} to attention")
-    if query.shape[0] != 1 or query.shape[2] != key.shape[2]:
-        raise UnsupportedAttentionError("packed documents need one row and as many keys as queries")
-    plain = scores.plain and query.shape[-1] == value.shape[-1]
-    if plain and query.device.type == "cpu":
-        bounds = attention_mask[0, 0, 0].tolist()
-        return document_flash_attention(query, key, value, bounds, scale, sliding_window), None
-    if plain and query.device.type == "cuda" and _fits_varlen(query):
-        return _varlen(query, key, value, attention_mask, scale, sliding_window), None
-    return _one_by_one(query, key, value, attention_mask, scores), None
+    name, body = type(model).__name__, body_of(model)
+    if body is None:
+        return f"{name} has no body apart from its head"
+    one, other, two = _probe_tokens(model)
+    first = len(one)
+    model.set_attn_implementation("eager")
+    alone = torch.cat([_alone(body, one), _alone(body, two)])
+    model.set_attn_implementation(ATTENTION_NAME)
+    if model.config.get_text_config(decoder=True)._attn_implementation != ATTENTION_NAME:
+        return f"{name} does not take an attention function"
+    try:
+        packed = _packed(body, one, two)
+        neighbour = _packed(body, other, two)
+    except REFUSALS as error:
+        return f"{name} cannot be given document boundaries: {error}"
+    if not _close(packed[first:], neighbour[first:]):
+        return "a document's hidden states change with its neighbour"
+    if not _close(packed, alone):
+        return "packed documents give other hidden states than documents alone"
+    return windows_disagree(model, lambda: _alone(body, one))
 
 
-def _without_documents(
-    module: nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    mask: torch.Tensor | None,
-    scores: Scores,
-    others: dict[str, Any],
-) -> tuple[torch.Tensor, None]:
-    """Generation and padded rows: transformers' SDPA, or written out where SDPA would ignore something."""
-    from transformers.integrations.sdpa_attention import sdpa_attention_forward
-
-    if scores.softcap is None and scores.sinks is None:
-        return sdpa_attention_forward(
-            module, query, key, value, mask, dropout=scores.dropout, scaling=scores.scale, **others
-        )
-    if mask is None:  # transformers leaves a mask out only where causality is all it says
-        num_queries, num_keys = query.shape[2], key.shape[2]
-        mask = causal_mask(num_keys, None, query.device)[num_keys - num_queries :]
-    return _written_out(query, key, value, mask, scores), None
+def verify_head(model: PreTrainedModel) -> bool:
+    """Whether `head_of` gives the logits that the model gives."""
+    body, head = body_of(model), head_of(model)
+    if body is None or head is None:
+        return False
+    tokens = _probe_tokens(model)[0][None].to(model.device)
+    own = model(input_ids=tokens, use_cache=False).logits
+    hidden = body(input_ids=tokens, use_cache=False)[0]
+    if hidden.shape[-1] != head.weight.shape[-1]:
+        return False
+    logits = nn.functional.linear(hidden.to(head.weight.dtype), head.weight, head.bias)
+    logits = logits * head.shape.scale
+    if head.shape.softcap is not None:
+        logits = head.shape.softcap * torch.tanh(logits / head.shape.softcap)
+    return own.shape == logits.shape and _close(own, logits)
 
 
-def _fits_varlen(query: torch.Tensor) -> bool:
-    """Whether PyTorch's FlashAttention takes these queries."""
-    dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else query.dtype
-    return dtype in VARLEN_DTYPES and query.shape[-1] <= VARLEN_MAX_HEAD_WIDTH
+def _probe_tokens(model: PreTrainedModel) -> list[torch.Tensor]:
+    """Two different first documents of one length, and a second one."""
+    vocabulary = model.config.get_text_config(decoder=True).vocab_size
+    generator = torch.Generator().manual_seed(0)
+    first, second = PROBE_LENGTHS
+    return [torch.randint(vocabulary, (n,), generator=generator) for n in (first, first, second)]
 
 
-def _varlen(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    mask: torch.Tensor,
-    scale: float,
-    window: int | None,
-) -> Float[torch.Tensor, "1 tokens heads width"]:
-    """FlashAttention over all documents in one call, inside PyTorch (2.10 and later), CUDA only."""
-    from torch.nn.attention.varlen import varlen_attn
-
-    dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else query.dtype
-    # The kernel wants tokens first: [tokens, heads, width].
-    q, k, v = (x[0].transpose(0, 1).to(dtype) for x in (query, key, value))
-    bounds, longest = mask[0, 0, 0].contiguous(), mask.shape[2]
-    # Its window counts the tokens before the token itself.
-    before = -1 if window is None else window - 1
-    out = varlen_attn(
-        q,
-        k,
-        v,
-        bounds,
-        bounds,
-        longest,
-        longest,
-        scale=scale,
-        window_size=(before, 0),
-        enable_gqa=q.shape[1] != k.shape[1],
-    )
-    assert isinstance(out, torch.Tensor)  # a tuple only where auxiliary results are asked for
-    return out[None]
+def _alone(body: nn.Module, tokens: torch.Tensor) -> torch.Tensor:
+    device = next(body.parameters()).device
+    ids = tokens.to(device)[None]
+    positions = torch.arange(len(tokens), device=device)[None]
+    return body(input_ids=ids, position_ids=positions, use_cache=False)[0][0]
 
 
-def _one_by_one(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor, scores: Scores
-) -> Float[torch.Tensor, "1 tokens heads value_width"]:
-    """Each document by itself: the slower path, for everything that kernels do not know."""
-    bounds = mask[0, 0, 0].tolist()  # on CUDA a host sync per layer: this is not the fast path
-    outs = []
-    for begin, end in pairwise(bounds):
-        q, k, v = (x[:, :, begin:end] for x in (query, key, value))
-        outs.append(_written_out(q, k, v, causal_mask(end - begin, scores.window, q.device), scores))
-    return torch.cat(outs, dim=1)
+def _packed(body: nn.Module, *documents: torch.Tensor) -> torch.Tensor:
+    device = next(body.parameters()).device
+    lengths = [len(d) for d in documents]
+    bounds = torch.tensor([0, *lengths]).cumsum(0).to(device, torch.int32)
+    return body(
+        input_ids=torch.cat(documents).to(device)[None],
+        position_ids=torch.cat([torch.arange(n) for n in lengths]).to(device)[None],
+        attention_mask=document_mask(bounds, max(lengths)),
+        use_cache=False,
+    )[0][0]
 
 
-def _written_out(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor, scores: Scores
-) -> Float[torch.Tensor, "rows queries heads value_width"]:
-    """Softmax attention as the formula has it.
+def _close(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Equal up to the rounding of a deep model in this dtype; a leak is far larger."""
+    tolerance = 1e-4 if one.dtype == torch.float32 else 5e-2
+    gap = (one.float() - other.float()).abs().max()
+    return bool(gap <= tolerance * one.float().abs().max())
 
-    `mask` is added to the scores, or True where a key is seen if it is bool.
-    """
-    groups = query.shape[1] // key.shape[1]
-    key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
-    logits = (query @ key.transpose(-1, -2)).float() * scores.scale
-    if scores.softcap is not None:
-        logits = scores.softcap * torch.tanh(logits / scores.softcap)
-    if mask.dtype == torch.bool:
-        # Not -inf: a padding token may see nothing at all, and must not become NaN.
-        logits = logits.masked_fill(~mask, torch.finfo(logits.dtype).min)
-    else:
-        logits = logits + mask
-    if scores.sinks is not None:
-        sink = scores.sinks.float().view(1, -1, 1, 1).expand(*logits.shape[:3], 1)
-        logits = torch.cat([logits, sink], dim=-1)
-    shares = logits.softmax(-1)[..., : key.shape[2]].to(value.dtype)
-    shares = nn.functional.dropout(shares, scores.dropout)
-    return (shares @ value).transpose(1, 2)
+
+@contextmanager
+def _quiet(model: PreTrainedModel) -> Iterator[Any]:
+    """No gradients and no dropout."""
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(training)

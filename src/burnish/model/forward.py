@@ -16,8 +16,8 @@ from torch import nn
 from torch.nn import functional
 
 from burnish.model.anatomy import Head, body_of, causal_model, head_of
-from burnish.model.attention import document_mask
-from burnish.model.capability import Capability
+from burnish.model.attention import Capability
+from burnish.model.document_attention import document_mask
 from burnish.model.head import supervised_loss, token_nll
 from burnish.records import NO_TARGET, MicroBatch
 

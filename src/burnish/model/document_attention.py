@@ -1,0 +1,237 @@
+"""Attention that keeps packed documents apart: which implementation, and the function itself.
+
+**How boundaries travel.** A model is handed, as its `attention_mask`, a small integer tensor that
+holds where documents begin (`document_mask`). transformers passes a mask of four dimensions on as it
+is, builds none of its own, and every layer hands it to the attention function. So the boundaries are
+an ordinary argument of every layer: activation checkpointing saves it and gives it back in the
+backward, and nothing is held in a global. Real masks are bool or float, so ours cannot be mistaken.
+
+Without such a tensor (generation, padded micro-batches) the function is transformers' own SDPA.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int32
+from torch import nn
+
+from burnish.model.cpu_kernel import causal_mask, document_flash_attention
+
+ATTENTION_NAME = "burnish"
+"""Under this name transformers knows our attention function, once `register_attention` was called."""
+
+VARLEN_DTYPES = (torch.bfloat16, torch.float16)
+VARLEN_MAX_HEAD_WIDTH = 256
+
+# What families pass to an attention function without wanting another result from it.
+_WITHOUT_EFFECT = frozenset(
+    {
+        "position_ids", "use_cache", "output_attentions", "output_hidden_states", "cache_position",
+        "is_causal", "return_dict", "output_router_logits", "num_items_in_batch", "labels",
+        "layer_idx", "deterministic",
+    }
+)  # fmt: skip
+
+DocumentMask = Int32[torch.Tensor, "1 1 longest bounds"]
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What a layer wants done to its attention scores."""
+
+    scale: float
+    window: int | None
+    softcap: float | None
+    sinks: torch.Tensor | None
+    dropout: float
+
+    @property
+    def plain(self) -> bool:
+        """Nothing but scale, window and softmax: what kernels know."""
+        return self.softcap is None and self.sinks is None and self.dropout == 0.0
+
+
+class UnsupportedAttentionError(Exception):
+    """A layer asks for something that packed documents cannot be given; they must be padded."""
+
+
+def register_attention() -> None:
+    """Make our attention function known to transformers. Needed before a model uses it; harmless twice."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import sdpa_mask
+
+    AttentionInterface.register(ATTENTION_NAME, document_attention)
+    # Only asked for when there is no document mask: then the function is SDPA and needs its masks.
+    AttentionMaskInterface.register(ATTENTION_NAME, sdpa_mask)
+
+
+def document_mask(bounds: Int32[torch.Tensor, " bounds"], longest: int) -> DocumentMask:
+    """Document boundaries in the shape of an attention mask.
+
+    Args:
+        bounds: `[0, ..., tokens]`, where documents begin and the last one ends.
+        longest: Length of the longest document. It travels as a size, because a kernel needs it on
+            the host and reading it from the device would stop the step.
+    """
+    return bounds.view(1, 1, 1, -1).expand(1, 1, longest, -1)
+
+
+def is_document_mask(mask: torch.Tensor | None) -> bool:
+    """Whether an attention mask carries document boundaries."""
+    return mask is not None and mask.dtype == torch.int32 and mask.dim() == 4
+
+
+def document_attention(  # noqa: PLR0913, PLR0917 (transformers calls it by these names)
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
+    **others: Any,
+) -> tuple[torch.Tensor, None]:
+    """The attention function that transformers' layers call, under the name `burnish`.
+
+    Args:
+        module: The layer; not used where documents are packed.
+        query: `[1, heads, tokens, width]`, documents end to end.
+        key: `[1, key_heads, tokens, width]`.
+        value: The same.
+        attention_mask: A `document_mask`; anything else goes to transformers' SDPA.
+        scaling: Factor on the scores; `1 / sqrt(width)` if None.
+        dropout: Probability of dropping an attention weight.
+        sliding_window: How many tokens a token sees, itself included.
+        softcap: Scores become `softcap * tanh(score / softcap)` (Gemma 2).
+        s_aux: One more score per head that takes its share of the softmax: a sink (gpt-oss).
+        **others: What the layer passes besides.
+
+    Returns:
+        `[1, tokens, heads, width]`, and None for the attention weights.
+
+    Raises:
+        UnsupportedAttentionError: The layer asks for something that is not known here.
+    """
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    scores = Scores(scale, sliding_window, softcap, s_aux, dropout)
+    if attention_mask is None or not is_document_mask(attention_mask):
+        return _without_documents(module, query, key, value, attention_mask, scores, others)
+    unknown = sorted(
+        name for name, given in others.items() if given is not None and name not in _WITHOUT_EFFECT
+    )
+    if unknown:
+        raise UnsupportedAttentionError(f"its layers pass {', '.join(unknown)} to attention")
+    if query.shape[0] != 1 or query.shape[2] != key.shape[2]:
+        raise UnsupportedAttentionError("packed documents need one row and as many keys as queries")
+    plain = scores.plain and query.shape[-1] == value.shape[-1]
+    if plain and query.device.type == "cpu":
+        bounds = attention_mask[0, 0, 0].tolist()
+        return document_flash_attention(query, key, value, bounds, scale, sliding_window), None
+    if plain and query.device.type == "cuda" and _fits_varlen(query):
+        return _varlen(query, key, value, attention_mask, scale, sliding_window), None
+    return _one_by_one(query, key, value, attention_mask, scores), None
+
+
+def _without_documents(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    scores: Scores,
+    others: dict[str, Any],
+) -> tuple[torch.Tensor, None]:
+    """Generation and padded rows: transformers' SDPA, or written out where SDPA would ignore something."""
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    if scores.softcap is None and scores.sinks is None:
+        return sdpa_attention_forward(
+            module, query, key, value, mask, dropout=scores.dropout, scaling=scores.scale, **others
+        )
+    if mask is None:  # transformers leaves a mask out only where causality is all it says
+        num_queries, num_keys = query.shape[2], key.shape[2]
+        mask = causal_mask(num_keys, None, query.device)[num_keys - num_queries :]
+    return _written_out(query, key, value, mask, scores), None
+
+
+def _fits_varlen(query: torch.Tensor) -> bool:
+    """Whether PyTorch's FlashAttention takes these queries."""
+    dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else query.dtype
+    return dtype in VARLEN_DTYPES and query.shape[-1] <= VARLEN_MAX_HEAD_WIDTH
+
+
+def _varlen(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor,
+    scale: float,
+    window: int | None,
+) -> Float[torch.Tensor, "1 tokens heads width"]:
+    """FlashAttention over all documents in one call, inside PyTorch (2.10 and later), CUDA only."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else query.dtype
+    # The kernel wants tokens first: [tokens, heads, width].
+    q, k, v = (x[0].transpose(0, 1).to(dtype) for x in (query, key, value))
+    bounds, longest = mask[0, 0, 0].contiguous(), mask.shape[2]
+    # Its window counts the tokens before the token itself.
+    before = -1 if window is None else window - 1
+    out = varlen_attn(
+        q,
+        k,
+        v,
+        bounds,
+        bounds,
+        longest,
+        longest,
+        scale=scale,
+        window_size=(before, 0),
+        enable_gqa=q.shape[1] != k.shape[1],
+    )
+    assert isinstance(out, torch.Tensor)  # a tuple only where auxiliary results are asked for
+    return out[None]
+
+
+def _one_by_one(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor, scores: Scores
+) -> Float[torch.Tensor, "1 tokens heads value_width"]:
+    """Each document by itself: the slower path, for everything that kernels do not know."""
+    bounds = mask[0, 0, 0].tolist()  # on CUDA a host sync per layer: this is not the fast path
+    outs = []
+    for begin, end in pairwise(bounds):
+        q, k, v = (x[:, :, begin:end] for x in (query, key, value))
+        outs.append(_written_out(q, k, v, causal_mask(end - begin, scores.window, q.device), scores))
+    return torch.cat(outs, dim=1)
+
+
+def _written_out(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor, scores: Scores
+) -> Float[torch.Tensor, "rows queries heads value_width"]:
+    """Softmax attention as the formula has it.
+
+    `mask` is added to the scores, or True where a key is seen if it is bool.
+    """
+    groups = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+    logits = (query @ key.transpose(-1, -2)).float() * scores.scale
+    if scores.softcap is not None:
+        logits = scores.softcap * torch.tanh(logits / scores.softcap)
+    if mask.dtype == torch.bool:
+        # Not -inf: a padding token may see nothing at all, and must not become NaN.
+        logits = logits.masked_fill(~mask, torch.finfo(logits.dtype).min)
+    else:
+        logits = logits + mask
+    if scores.sinks is not None:
+        sink = scores.sinks.float().view(1, -1, 1, 1).expand(*logits.shape[:3], 1)
+        logits = torch.cat([logits, sink], dim=-1)
+    shares = logits.softmax(-1)[..., : key.shape[2]].to(value.dtype)
+    shares = nn.functional.dropout(shares, scores.dropout)
+    return (shares @ value).transpose(1, 2)

@@ -1,0 +1,67 @@
+"""A small model of the same architecture, to try things on that cannot be tried on the model itself."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+REFUSALS = (TypeError, RuntimeError, ValueError, IndexError, AttributeError, KeyError, AssertionError)
+"""What a model's code raises at arguments or sizes it was not written for. Wide on purpose: a
+refusal, of whatever kind, is an answer to the trial."""
+
+MAX_LAYERS = 8
+SMALL_VOCABULARY = 64
+SMALL_INTERMEDIATE = 64
+
+
+def build_surrogate(model: PreTrainedModel) -> PreTrainedModel | None:
+    """The same architecture in fp32 on the CPU with few layers, a small vocabulary and thin MLPs.
+
+    Hidden width and heads stay, because families tie them together in ways of their own.
+
+    Returns:
+        None where the family does not let itself be made small.
+    """
+    config = shrink(model.config)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        try:
+            # The class itself and not `from_config`: that would partition under ZeRO-3.
+            return type(model)(config).float().eval()
+        except REFUSALS:
+            return None
+
+
+def shrink(config: Any) -> Any:
+    """A copy of a config with few layers (every kind of layer among them) and small tables."""
+    small = copy.deepcopy(config)
+    text = small.get_text_config(decoder=True)
+    values = text.to_dict()
+    text.vocab_size = min(values["vocab_size"], SMALL_VOCABULARY)
+    for key in ("pad_token_id", "bos_token_id", "eos_token_id"):
+        if values.get(key) is not None:
+            setattr(text, key, 0)
+    for key in ("intermediate_size", "moe_intermediate_size", "shared_expert_intermediate_size"):
+        if isinstance(values.get(key), int):
+            setattr(text, key, min(values[key], SMALL_INTERMEDIATE))
+    _cut_layers(text, values)
+    if small.to_dict().get("quantization_config") is not None:
+        del small.quantization_config  # the small model is made in fp32
+    return small
+
+
+def _cut_layers(text: Any, values: dict[str, Any]) -> None:
+    """Keep the first layers, up to where every kind of layer has been seen, two at least."""
+    layers = text.num_hidden_layers
+    kinds = values.get("layer_types") or values.get("layers_block_type")
+    keep = 2
+    if kinds:
+        keep = max(keep, max(kinds.index(kind) for kind in set(kinds)) + 1)
+    keep = min(keep, layers, MAX_LAYERS)
+    for key, value in values.items():
+        if isinstance(value, list) and len(value) == layers and layers > keep:
+            setattr(text, key, value[:keep])
+    text.num_hidden_layers = keep
