@@ -8,6 +8,7 @@ same calls in the same order.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -60,15 +61,23 @@ class Engine(ABC):
         """`sum(weight * nll)` of each document, in evaluation mode, without gradients."""
 
     @abstractmethod
-    def save_state(self, folder: Path) -> None:
+    def save_state(self, folder: Path) -> Sequence[Path]:
         """Write weights (trainable ones for an adapter) and optimizer state under `folder`.
 
         Every rank calls this; each writes its own files, none writes another's.
+
+        Returns:
+            The files that this rank wrote; who commits the checkpoint fsyncs and hashes them.
         """
 
     @abstractmethod
     def load_state(self, folder: Path) -> None:
-        """Restore what `save_state` wrote, bit for bit. Every rank calls this."""
+        """Restore what `save_state` wrote, bit for bit. Every rank calls this.
+
+        Raises:
+            CheckpointError: The state belongs to another model, or to a world size that this
+                engine cannot take it from.
+        """
 
     @abstractmethod
     def export_state(self) -> dict[str, torch.Tensor] | None:

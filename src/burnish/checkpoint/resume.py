@@ -1,0 +1,198 @@
+"""Going on: find the newest whole checkpoint, refuse another run's, restore everything."""
+
+from __future__ import annotations
+
+import platform
+import shutil
+from collections.abc import Collection, Mapping
+from importlib import metadata
+from pathlib import Path
+
+from burnish.checkpoint.manifest import (
+    ENGINE_FOLDER,
+    FOLDER,
+    MANIFEST_FILE,
+    STATE_FILE,
+    committed_paths,
+    file_problem,
+    read_manifest,
+    read_state,
+    step_of,
+)
+from burnish.engine.base import Engine
+from burnish.errors import CheckpointError, Problem
+from burnish.records import TrainState
+from burnish.runtime import Ranks, gather_objects, log, restore_random_state, seed_everything
+
+SET_ASIDE = "set-aside"
+
+_RECORDED_PACKAGES = ("burnish", "torch", "transformers", "deepspeed", "peft", "numpy")
+
+
+def find_checkpoint(run_dir: Path, resume: str, ranks: Ranks) -> Path | None:
+    """The checkpoint to go on from, verified byte by byte, the same on every rank.
+
+    Candidates are tried from the newest on; each rejected one gets one line saying why. Whatever
+    is newer than the one chosen (damaged, or from a course of the run that is given up) is moved
+    to `checkpoints/set-aside/`, so that no later resume mistakes it for this run's newest.
+
+    Args:
+        run_dir: The run's folder.
+        resume: `auto`, `never`, `must`, or a checkpoint's folder.
+        ranks: This process among the others; they share the reading and decide together.
+
+    Returns:
+        The folder, or None to start at step 0 (`never`, or `auto` with no checkpoint at all).
+
+    Raises:
+        CheckpointError: `must` or a path finds no whole checkpoint; or `auto` finds checkpoints
+            and none of them is whole: a silent restart from zero would hide the loss.
+    """
+    candidates = gather_objects(_candidates(run_dir, resume), ranks)[0]
+    chosen: Path | None = None
+    for path in candidates:
+        problems = _verify_together(path, ranks)
+        if not problems:
+            chosen = path
+            break
+        log.warning("Rejected checkpoint %s: %s", path, "; ".join(problems[:3]))
+    if chosen is None and (candidates or resume not in ("auto", "never")):
+        raise _nothing_whole(run_dir, resume, len(candidates))
+    # Every rank has finished reading before rank 0 moves anything.
+    gather_objects(_set_aside_newer(run_dir, chosen) if ranks.is_main else None, ranks)
+    return chosen
+
+
+def _candidates(run_dir: Path, resume: str) -> list[Path]:
+    if resume == "never":
+        return []
+    if resume in ("auto", "must"):
+        return committed_paths(run_dir)
+    return [Path(resume)]
+
+
+def _verify_together(path: Path, ranks: Ranks) -> list[str]:
+    """`manifest.verify` with the files dealt out among the ranks; every rank gets all problems."""
+    try:
+        entries = read_manifest(path)
+    except CheckpointError as error:
+        problems = [problem.what for problem in error.problems]
+    else:
+        mine = entries[ranks.rank :: ranks.world_size]
+        problems = [p for entry in mine if (p := file_problem(path, entry)) is not None]
+        if not any(entry.name == STATE_FILE for entry in entries):
+            problems.append(f"{MANIFEST_FILE} does not name {STATE_FILE}")
+    gathered = gather_objects(problems, ranks)
+    return list(dict.fromkeys(problem for one_rank in gathered for problem in one_rank))
+
+
+def _nothing_whole(run_dir: Path, resume: str, num_candidates: int) -> CheckpointError:
+    where = run_dir / FOLDER if resume in ("auto", "must") else resume
+    what = f"none of {num_candidates} checkpoints is whole" if num_candidates else "there is no checkpoint"
+    cure = "The lines above say why each was rejected. " if num_candidates else ""
+    return CheckpointError(
+        Problem(
+            "checkpoint.resume",
+            f"{what} in {where}",
+            cure + "checkpoint.resume: never starts again from step 0.",
+        )
+    )
+
+
+def _set_aside_newer(run_dir: Path, chosen: Path | None) -> None:
+    """Move checkpoints of this run that are newer than the chosen one out of the way."""
+    first_step = -1 if chosen is None else step_of(chosen)
+    if first_step is None or (chosen is not None and chosen.resolve().parent != (run_dir / FOLDER).resolve()):
+        first_step = -1  # resumed from elsewhere: what lies here is another course
+    for path in committed_paths(run_dir):
+        if (step_of(path) or 0) > first_step:
+            target = _free_name(run_dir / FOLDER / SET_ASIDE / path.name)
+            target.parent.mkdir(exist_ok=True)
+            shutil.move(path, target)
+            log.warning("Moved %s to %s: this run goes on without it.", path, target)
+
+
+def _free_name(path: Path) -> Path:
+    number = 1
+    free = path
+    while free.exists():
+        number += 1
+        free = path.with_name(f"{path.name}-{number}")
+    return free
+
+
+def load_checkpoint(
+    path: Path,
+    engine: Engine,
+    ranks: Ranks,
+    fingerprints: Mapping[str, str],
+    allowed_changes: Collection[str] = (),
+) -> TrainState:
+    """Restore engine and random state from a checkpoint that `find_checkpoint` verified.
+
+    Args:
+        path: The checkpoint's folder.
+        engine: Freshly built from the same config.
+        ranks: This process among the others.
+        fingerprints: What the run is made from now, by name.
+        allowed_changes: Names that may differ all the same.
+
+    Returns:
+        Where the run stood, with the fingerprints of now.
+
+    Raises:
+        CheckpointError: A fingerprint differs, or the engine cannot take the state.
+    """
+    state = read_state(path)
+    check_fingerprints(path, state.fingerprints, fingerprints, allowed_changes)
+    engine.load_state(path / ENGINE_FOLDER)
+    _restore_random_state(state, ranks)
+    fields = {**state.__dict__, "fingerprints": dict(fingerprints), "versions": package_versions()}
+    return TrainState(**fields)
+
+
+def check_fingerprints(
+    path: Path, saved: Mapping[str, str], now: Mapping[str, str], allowed_changes: Collection[str] = ()
+) -> None:
+    """Refuse to go on when the run would not be the same run.
+
+    Raises:
+        CheckpointError: With one problem per name that differs: what was, and what is now.
+    """
+    problems = [
+        Problem(
+            name,
+            f"was {saved.get(name, 'absent')}, is {now.get(name, 'absent')}",
+            "",
+        )
+        for name in sorted(saved.keys() | now.keys())
+        if saved.get(name) != now.get(name) and name not in allowed_changes
+    ]
+    if problems:
+        head = Problem(
+            str(path),
+            "belongs to a run that was made from something else; what changed:",
+            "Undo the change to go on, choose another output_dir, or start again with checkpoint.resume: never.",
+        )
+        raise CheckpointError(head, *problems)
+
+
+def _restore_random_state(state: TrainState, ranks: Ranks) -> None:
+    if state.world_size == ranks.world_size:
+        restore_random_state(state.rng[str(ranks.rank)])
+        return
+    # Another number of ranks has no saved random state per rank: draw a new one that depends on
+    # the step, so that dropout does not repeat. The order of the examples does not depend on it.
+    seed_everything(state.step * 1_000_003 + ranks.rank)
+    log.info("Saved by %d ranks, resumed by %d: dropout is seeded anew.", state.world_size, ranks.world_size)
+
+
+def package_versions() -> dict[str, str]:
+    """Versions of Python and of the packages that decide the numbers, for the record."""
+    versions = {"python": platform.python_version()}
+    for name in _RECORDED_PACKAGES:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return versions

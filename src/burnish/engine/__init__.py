@@ -1,0 +1,1 @@
+"""Who runs the step: plain PyTorch or DeepSpeed, behind one protocol."""

@@ -1,0 +1,113 @@
+"""Which engine a config asks for, and what the model must know of it beforehand. No deepspeed here
+until it is asked for."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+from typing import Any, Literal
+
+import torch
+
+from burnish.config.schema import Config
+from burnish.engine.base import Engine
+from burnish.engine.local import LocalEngine
+from burnish.errors import ConfigError, MachineError, Problem
+from burnish.model.forward import SupervisedModel
+from burnish.runtime import Ranks
+
+TORCH_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+def engine_kind(config: Config, ranks: Ranks) -> Literal["local", "deepspeed"]:
+    """`engine.kind`, with auto resolved: local for one process, DeepSpeed for more."""
+    if config.engine.kind != "auto":
+        return config.engine.kind
+    return "local" if ranks.world_size == 1 else "deepspeed"
+
+
+def parameter_dtype(config: Config, ranks: Ranks) -> torch.dtype:
+    """What the model's weights should be loaded in.
+
+    The local engine trains fp32 masters under autocast; a base that an adapter freezes needs no
+    master and stays in the forward's dtype. DeepSpeed keeps masters of its own, so the model's
+    weights are in the forward's dtype.
+    """
+    if engine_kind(config, ranks) == "local" and config.adapter is None:
+        return torch.float32
+    return TORCH_DTYPES[config.model.dtype]
+
+
+def model_init_context(
+    config: Config, ranks: Ranks, device: torch.device
+) -> contextlib.AbstractContextManager[Any]:
+    """Enter this around loading a pretrained model: under ZeRO-3 it partitions while it loads."""
+    if not _is_zero3(config, ranks):
+        return contextlib.nullcontext()
+    _require_deepspeed()
+    from burnish.engine.deepspeed import zero3_init_context
+
+    return zero3_init_context(config, ranks, device)
+
+
+def whole_weights(
+    model: torch.nn.Module, config: Config, ranks: Ranks
+) -> contextlib.AbstractContextManager[Any]:
+    """Enter this around running a loaded model before its engine is built (a capability check):
+    a model that was loaded partitioned is whole inside."""
+    if not _is_zero3(config, ranks):
+        return contextlib.nullcontext()
+    from burnish.engine.deepspeed import gathered_weights
+
+    return gathered_weights(model)
+
+
+def build_engine(config: Config, ranks: Ranks, device: torch.device, model: SupervisedModel) -> Engine:
+    """Put the model, its optimizer and the ranks together.
+
+    Args:
+        config: The run.
+        ranks: This process among the others; with several, the process group has been joined.
+        device: Where this rank computes.
+        model: Loaded in `parameter_dtype`, under `model_init_context`.
+
+    Raises:
+        ConfigError: Something asked for is not built yet.
+        MachineError: deepspeed is not installed, or the device cannot do the dtype.
+    """
+    if config.engine.sequence_parallel > 1:
+        raise ConfigError(
+            Problem(
+                "engine.sequence_parallel",
+                "more than 1 is not built yet",
+                "Use 1, and shorter data.max_tokens.",
+            )
+        )
+    if engine_kind(config, ranks) == "deepspeed":
+        _require_deepspeed()
+        from burnish.engine.deepspeed import DeepSpeedEngine
+
+        return DeepSpeedEngine(model, config, ranks=ranks, device=device)
+    return LocalEngine(
+        model,
+        config.optim,
+        ranks=ranks,
+        device=device,
+        compute_dtype=TORCH_DTYPES[config.model.dtype],
+        adapter_only=config.adapter is not None,
+    )
+
+
+def _is_zero3(config: Config, ranks: Ranks) -> bool:
+    return engine_kind(config, ranks) == "deepspeed" and config.engine.zero_stage == 3
+
+
+def _require_deepspeed() -> None:
+    if importlib.util.find_spec("deepspeed") is None:
+        raise MachineError(
+            Problem(
+                "engine.kind",
+                "deepspeed is not installed",
+                'Install it with pip install "burnish[deepspeed]", or use engine.kind: local.',
+            )
+        )

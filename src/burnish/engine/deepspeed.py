@@ -1,0 +1,243 @@
+"""DeepSpeed behind our protocol. The only module that imports deepspeed, which takes seconds.
+
+The step recipe: our windows own the accumulation, and DeepSpeed is told when the step is.
+
+    forward_backward   engine.backward(nll_sum / total_weight * world_size, scale_wrt_gas=False)
+    step               engine.step()
+
+`world_size` cancels DeepSpeed's averaging over ranks, so what is applied is the gradient of
+`sum(weight * nll) / sum(weight)` over the whole window. Under ZeRO-2 and 3 every rank must run the
+same number of micro-batches, which windows guarantee.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, final
+
+import deepspeed
+import torch
+from deepspeed.utils import logger as deepspeed_logger
+from jaxtyping import Float
+
+from burnish.config.schema import Config
+from burnish.engine.base import Engine, StepResult
+from burnish.engine.ds_config import deepspeed_config
+from burnish.engine.ds_workarounds import announce_ranks, join_alone, quieten, skip_shm_compile
+from burnish.engine.gradients import finite_on_all_ranks, global_grad_norm
+from burnish.engine.optimizer import build_optimizer, set_learning_rate
+from burnish.engine.state_files import exported_weights, refuse_empty
+from burnish.errors import CheckpointError, MachineError, Problem
+from burnish.model.forward import SupervisedModel, to_device
+from burnish.records import MicroBatch
+from burnish.runtime import Ranks
+
+TAG = "deepspeed"
+"""The sub-folder in which DeepSpeed puts a checkpoint's files."""
+MODEL_PREFIX = "model."
+"""Where `SupervisedModel` holds the Hugging Face model."""
+
+
+def prepare_deepspeed(ranks: Ranks, device: torch.device) -> None:
+    """What has to be said to DeepSpeed before it is used; calling it again does nothing new."""
+    quieten(deepspeed_logger)
+    if device.type == "cpu":
+        skip_shm_compile(deepspeed.ops.__compatible_ops__)
+    announce_ranks(ranks)
+    join_alone(ranks, device)
+    deepspeed.init_distributed(verbose=False)
+
+
+@contextlib.contextmanager
+def zero3_init_context(config: Config, ranks: Ranks, device: torch.device) -> Iterator[None]:
+    """While entered, `from_pretrained` partitions weights over the ranks as it loads them.
+
+    transformers looks for a live config object that it only refers to weakly; it lives as long as
+    the context does.
+    """
+    from transformers.integrations import HfDeepSpeedConfig
+    from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+    prepare_deepspeed(ranks, device)
+    settings = deepspeed_config(config, on_gpu=device.type == "cuda")
+    # zero.Init makes parameters in this dtype; ours are what the forward runs in.
+    kept_alive = HfDeepSpeedConfig({**settings, "train_batch_size": ranks.world_size})
+    try:
+        yield
+    finally:
+        unset_hf_deepspeed_config()
+        del kept_alive
+
+
+@contextlib.contextmanager
+def gathered_weights(model: torch.nn.Module) -> Iterator[None]:
+    """While entered, every rank holds all of a ZeRO-3 model's weights whole, to look at them."""
+    with deepspeed.zero.GatheredParameters(list(model.parameters()), modifier_rank=None):
+        yield
+
+
+@final
+class DeepSpeedEngine(Engine):
+    """ZeRO 0 to 3 over any number of ranks, one included.
+
+    Args:
+        model: Model and loss; its weights in the dtype of the forward.
+        config: Optimizer, ZeRO stage, offload and precision are taken from it.
+        ranks: This process among the others, all data-parallel.
+        device: Where to compute.
+
+    Raises:
+        MachineError: fp16 on a CPU, which DeepSpeed does not run.
+    """
+
+    def __init__(self, model: SupervisedModel, config: Config, *, ranks: Ranks, device: torch.device) -> None:
+        if config.model.dtype == "fp16" and device.type == "cpu":
+            raise MachineError(Problem("model.dtype", "fp16 needs a GPU", "Use bf16 or fp32 on a CPU."))
+        prepare_deepspeed(ranks, device)
+        self._ranks = ranks
+        self._device = device
+        self._stage = config.engine.zero_stage
+        self._adapter_only = config.adapter is not None
+        _share_whole_weights(model, ranks)
+        if self._stage == 3:
+            # The loss uses the head's matrix directly, so ZeRO-3 must gather it with this module.
+            for parameter in model.external_parameters():
+                deepspeed.zero.register_external_parameter(model, parameter)
+        model.train()
+        self._engine: Any = deepspeed.initialize(
+            model=model,
+            optimizer=build_optimizer(model, config.optim),
+            config=deepspeed_config(config, on_gpu=device.type == "cuda"),
+            dist_init_required=False,
+        )[0]
+        # fp32 at stage 0 is the one case where DeepSpeed applies whatever it is given, NaN
+        # included, and measures nothing: there we reduce and look before we let it step.
+        self._looks_itself = self._stage == 0 and config.model.dtype == "fp32"
+        if self._looks_itself:
+            self._engine.enable_backward_allreduce = False
+
+    @property
+    def device(self) -> torch.device:
+        """Where this rank computes."""
+        return self._device
+
+    def forward_backward(self, micro_batch: MicroBatch, total_weight: float) -> Float[torch.Tensor, ""]:
+        """See `Engine.forward_backward`."""
+        nll_sum = self._engine(to_device(micro_batch, self._device))
+        self._engine.backward(nll_sum / total_weight * self._ranks.world_size, scale_wrt_gas=False)
+        return nll_sum.detach()
+
+    def step(self, lr: float) -> StepResult:
+        """See `Engine.step`."""
+        set_learning_rate(self._engine.optimizer, lr)
+        if self._looks_itself:
+            return self._step_after_looking()
+        self._engine.step()
+        norm = self._engine.get_global_grad_norm()
+        return StepResult(
+            grad_norm=None if norm is None else float(norm), applied=bool(self._engine.was_step_applied())
+        )
+
+    def _step_after_looking(self) -> StepResult:
+        self._engine.buffered_allreduce_fallback()
+        parameters = [p for p in self._engine.module.parameters() if p.requires_grad]
+        norm = float(global_grad_norm(parameters))
+        applied = finite_on_all_ranks(norm, self._device, self._ranks)
+        if applied:
+            self._engine.step()
+        else:
+            self._engine.zero_grad()
+        return StepResult(grad_norm=norm, applied=applied)
+
+    @torch.no_grad()
+    def evaluate(self, micro_batch: MicroBatch) -> Float[torch.Tensor, " documents"]:
+        """See `Engine.evaluate`."""
+        self._engine.eval()
+        try:
+            return self._engine(to_device(micro_batch, self._device), per_document=True).float()
+        finally:
+            self._engine.train()
+
+    def save_state(self, folder: Path) -> Sequence[Path]:
+        """Let DeepSpeed write its shards; without its `latest` file, which it writes too early."""
+        self._engine.save_checkpoint(
+            str(folder), tag=TAG, save_latest=False, exclude_frozen_parameters=self._adapter_only
+        )
+        files = sorted(path for path in (folder / TAG).rglob("*") if path.is_file())
+        return [path for path in files if self._wrote(path)]
+
+    def _wrote(self, path: Path) -> bool:
+        """Shards carry their rank in the name; what carries none is rank 0's."""
+        if "_pp_rank_" not in path.name:
+            return self._ranks.is_main
+        return f"_pp_rank_{self._ranks.rank}_" in path.name
+
+    def load_state(self, folder: Path) -> None:
+        """Load the shards of the same world size and stage.
+
+        Raises:
+            CheckpointError: They were written by another number of ranks, or another ZeRO stage.
+        """
+        self._refuse_other_layout(folder / TAG)
+        path, _ = self._engine.load_checkpoint(
+            str(folder), tag=TAG, load_module_strict=not self._adapter_only, load_lr_scheduler_states=False
+        )
+        if path is None:
+            raise CheckpointError(Problem(str(folder), "DeepSpeed found no checkpoint in it"))
+
+    def _refuse_other_layout(self, folder: Path) -> None:
+        """DeepSpeed's own refusals are assertions deep inside; say it before it begins."""
+        shards = len(list(folder.glob("*_optim_states.pt")))
+        expected = self._ranks.world_size if self._stage > 0 else 0
+        if shards != expected:
+            saved = f"{shards} ranks" if shards else "ZeRO stage 0 or another engine"
+            raise CheckpointError(
+                Problem(
+                    "checkpoint.resume",
+                    f"{folder.parent.parent} was saved by {saved}; this run has {self._ranks.world_size} "
+                    f"with ZeRO stage {self._stage}",
+                    "Resume with as many processes and the same engine settings as it was saved with.",
+                )
+            )
+
+    def export_state(self) -> dict[str, torch.Tensor] | None:
+        """See `Engine.export_state`. Every rank takes part in the gathering."""
+        if self._stage < 3:
+            if not self._ranks.is_main:
+                return None
+            return exported_weights(self._engine.module.model, self._adapter_only)
+        state = self._engine._consolidated_16bit_state_dict(exclude_frozen_parameters=self._adapter_only)
+        if state is None:
+            return None
+        wanted = self._exported_names()
+        exported = {
+            name.removeprefix(MODEL_PREFIX): tensor
+            for name, tensor in state.items()
+            if name.removeprefix(MODEL_PREFIX) in wanted
+        }
+        refuse_empty(exported)
+        return exported
+
+    def _exported_names(self) -> set[str]:
+        model = self._engine.module.model
+        if not self._adapter_only:
+            return set(model.state_dict().keys())
+        named = model.named_parameters(remove_duplicate=False)
+        return {name for name, parameter in named if parameter.requires_grad}
+
+
+@torch.no_grad()
+def _share_whole_weights(model: torch.nn.Module, ranks: Ranks) -> None:
+    """Give every rank rank 0's fresh weights; partitioned ones (`ds_id`) are shared already.
+
+    DeepSpeed does this itself, except where some of the model was loaded partitioned: then a fresh
+    adapter would be put together from pieces of different ranks' random numbers.
+    """
+    if ranks.world_size == 1:
+        return
+    for parameter in model.parameters():
+        # `ds_id` is DeepSpeed's only mark on a parameter that it has partitioned.
+        if parameter.requires_grad and not hasattr(parameter, "ds_id"):
+            torch.distributed.broadcast(parameter.data, src=0)

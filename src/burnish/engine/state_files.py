@@ -1,0 +1,133 @@
+"""State of a plain PyTorch model and its optimizer as safetensors: no pickle, strict on loading."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from burnish.errors import CheckpointError, Problem
+
+
+def trained_state(model: nn.Module) -> dict[str, torch.Tensor]:
+    """What training changes: trainable parameters, and buffers that the model saves.
+
+    The tensors are the model's own (no copy), so copying into them restores it. A tied parameter
+    appears once.
+    """
+    state: dict[str, torch.Tensor] = {n: p.detach() for n, p in model.named_parameters() if p.requires_grad}
+    parameter_names = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    persistent = model.state_dict().keys() - parameter_names
+    state.update({name: b for name, b in model.named_buffers() if name in persistent})
+    return state
+
+
+def optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+    """The optimizer's tensors as `parameter name/key`; its numbers are tensors in torch's AdamW.
+
+    A parameter that was never stepped has no state and no entry.
+    """
+    names = {id(p): name for name, p in model.named_parameters()}
+    flat: dict[str, torch.Tensor] = {}
+    for parameter, entries in optimizer.state.items():
+        for key, value in entries.items():
+            flat[f"{names[id(parameter)]}/{key}"] = torch.as_tensor(value).detach()
+    return flat
+
+
+def restore_optimizer_state(
+    model: nn.Module, optimizer: torch.optim.Optimizer, flat: Mapping[str, torch.Tensor]
+) -> None:
+    """Put back what `optimizer_state` gave, each tensor on its parameter's device."""
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    optimizer.state.clear()
+    for entry, value in flat.items():
+        name, key = entry.rsplit("/", 1)
+        if name not in parameters:
+            raise CheckpointError(
+                Problem(
+                    "optimizer",
+                    f"state for {name!r}, which this model does not train",
+                    "Resume the run it came from.",
+                )
+            )
+        # Fused AdamW wants `step` on the parameter's device, and so does everything else.
+        optimizer.state[parameters[name]][key] = value.to(parameters[name].device, copy=True)
+
+
+def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Write tensors to one safetensors file."""
+    save_file({name: t.cpu().contiguous() for name, t in tensors.items()}, path)
+
+
+def read_tensors(path: Path) -> dict[str, torch.Tensor]:
+    """Read what `write_tensors` wrote, on the CPU."""
+    return load_file(path)
+
+
+@torch.no_grad()
+def copy_exactly(target: Mapping[str, torch.Tensor], source: Mapping[str, torch.Tensor], what: str) -> None:
+    """Copy tensor by tensor into existing storage: same names, shapes and dtypes, or an error.
+
+    Raises:
+        CheckpointError: Names, shapes or dtypes differ; the first few differences are listed.
+    """
+    different = [
+        f"{name}: {tuple(source[name].shape)} {source[name].dtype} saved, "
+        f"{tuple(target[name].shape)} {target[name].dtype} here"
+        for name in sorted(target.keys() & source.keys())
+        if target[name].shape != source[name].shape or target[name].dtype != source[name].dtype
+    ]
+    different += [f"{name}: not in the checkpoint" for name in sorted(target.keys() - source.keys())]
+    different += [f"{name}: only in the checkpoint" for name in sorted(source.keys() - target.keys())]
+    if different:
+        raise CheckpointError(
+            Problem(
+                what,
+                f"{len(different)} tensors differ: " + "; ".join(different[:5]),
+                "Resume the run it came from.",
+            )
+        )
+    for name, tensor in target.items():
+        tensor.copy_(source[name])
+
+
+def exported_weights(model: nn.Module, trained_only: bool) -> dict[str, torch.Tensor]:
+    """Weights on the CPU under the model's own names; tied ones are one tensor under two names.
+
+    Args:
+        model: The Hugging Face (or peft) model itself.
+        trained_only: Leave out what is frozen: an adapter's base, and all buffers.
+
+    Raises:
+        CheckpointError: A tensor has no elements (see `refuse_empty`).
+    """
+    on_cpu: dict[int, torch.Tensor] = {}
+    exported: dict[str, torch.Tensor] = {}
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    for name, parameter in parameters.items():
+        if trained_only and not parameter.requires_grad:
+            continue
+        if id(parameter) not in on_cpu:
+            on_cpu[id(parameter)] = parameter.detach().cpu()
+        exported[name] = on_cpu[id(parameter)]
+    if not trained_only:
+        saved = model.state_dict()
+        exported.update({n: saved[n].detach().cpu() for n in saved.keys() - parameters.keys()})
+    refuse_empty(exported)
+    return exported
+
+
+def refuse_empty(exported: Mapping[str, torch.Tensor]) -> None:
+    """Never write a result with tensors of size 0, as partitioned weights look when not gathered.
+
+    Raises:
+        CheckpointError: There is nothing to export, or a tensor has no elements.
+    """
+    empty = [name for name, tensor in exported.items() if tensor.numel() == 0]
+    if empty or not exported:
+        found = f"{len(empty)} tensors have no elements: {', '.join(empty[:3])}" if empty else "no weights"
+        raise CheckpointError(Problem("export", found, "Please report this as a bug of Burnish."))

@@ -1,0 +1,152 @@
+"""Several workers on this machine, without another launcher. No torch unless there is a GPU.
+
+The workers get the environment that torchrun sets, so they cannot tell the difference. When one
+dies the others are stopped: a worker that waits in a collective for a dead one would wait for the
+process group's timeout, half an hour of silence.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+
+from burnish.config.schema import LaunchConfig
+from burnish.runtime import log
+
+GRACE_SECONDS = 60.0
+"""How long workers may take to save and end, once asked to or once one of them has died."""
+POLL_SECONDS = 0.1
+FORWARDED_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+def num_workers(launch: LaunchConfig, environ: Mapping[str, str] = os.environ) -> int:
+    """How many workers `launch` should start; 1 means that this process does the work itself.
+
+    Under a launcher (torchrun, deepspeed, a Slurm step) it is always 1. `auto` is one per GPU.
+    """
+    if "RANK" in environ or ("SLURM_STEP_ID" in environ and int(environ.get("SLURM_NTASKS", "1")) > 1):
+        return 1
+    if launch.num_processes != "auto":
+        return launch.num_processes
+    return max(1, _num_gpus())
+
+
+def _num_gpus() -> int:
+    """GPUs that torch can use. torch takes seconds to import, so only where a GPU may be."""
+    if not any(Path("/dev").glob("nvidia[0-9]*")) and not Path("/dev/kfd").exists():
+        return 0
+    import torch
+
+    return torch.cuda.device_count()
+
+
+def launch(num_processes: int, argv: Sequence[str], grace_seconds: float = GRACE_SECONDS) -> int:
+    """Run `argv` as `num_processes` workers and wait for all of them.
+
+    SIGTERM and SIGINT are passed on to every worker. When a worker fails, the rest get SIGTERM and,
+    after `grace_seconds`, SIGKILL.
+
+    Args:
+        num_processes: Workers to start, ranks 0 to num_processes - 1.
+        argv: The command of a worker, `[sys.executable, "-m", "burnish", …]`.
+        grace_seconds: Time between asking and killing.
+
+    Returns:
+        0, or the exit code of the worker that failed first (128 + n if signal n ended it).
+    """
+    environment = {
+        "WORLD_SIZE": str(num_processes),
+        "LOCAL_WORLD_SIZE": str(num_processes),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(free_port()),
+        # Every worker would otherwise start a thread per core.
+        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads_per_worker(num_processes))),
+    }
+    workers: list[subprocess.Popen[bytes]] = []
+    with _passing_signals_to(workers):
+        for rank in range(num_processes):
+            ranks = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+            # A session of its own, or Ctrl-C would reach a worker twice: from the terminal and
+            # from here.
+            workers.append(
+                subprocess.Popen(
+                    list(argv), env={**os.environ, **environment, **ranks}, start_new_session=True
+                )
+            )
+        try:
+            return _wait(workers, grace_seconds)
+        finally:
+            _kill(workers)
+
+
+def free_port() -> int:
+    """A TCP port that is free now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def threads_per_worker(num_processes: int) -> int:
+    """The cores this process may use, divided among the workers."""
+    cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else (os.cpu_count() or 1)
+    return max(1, cores // num_processes)
+
+
+def _wait(workers: Sequence[subprocess.Popen[bytes]], grace_seconds: float) -> int:
+    """The first failure's exit code, once all workers have ended."""
+    first_failure = 0
+    deadline: float | None = None
+    while any(worker.poll() is None for worker in workers):
+        failed = [(rank, w.returncode) for rank, w in enumerate(workers) if w.returncode not in (None, 0)]
+        if failed and deadline is None:
+            rank, code = failed[0]
+            first_failure = _exit_code(code)
+            deadline = time.monotonic() + grace_seconds
+            if first_failure < 128:  # one that a signal ended took the others with it
+                log.debug("Worker %d ended with exit code %d; stopping the others.", rank, code)
+            _send(workers, signal.SIGTERM)
+        if deadline is not None and time.monotonic() > deadline:
+            log.warning("Workers did not end within %.0f s; killing them.", grace_seconds)
+            return first_failure
+        time.sleep(POLL_SECONDS)
+    codes = [worker.returncode for worker in workers if worker.returncode != 0]
+    return first_failure or (_exit_code(codes[0]) if codes else 0)
+
+
+def _exit_code(returncode: int) -> int:
+    return returncode if returncode >= 0 else 128 - returncode
+
+
+def _send(workers: Sequence[subprocess.Popen[bytes]], number: int) -> None:
+    for worker in workers:
+        if worker.poll() is None:
+            worker.send_signal(number)
+
+
+def _kill(workers: Sequence[subprocess.Popen[bytes]]) -> None:
+    _send(workers, signal.SIGKILL)
+    for worker in workers:
+        worker.wait()
+
+
+@contextmanager
+def _passing_signals_to(workers: Sequence[subprocess.Popen[bytes]]) -> Iterator[None]:
+    """Hand SIGTERM and SIGINT on to the workers instead of dying of them."""
+
+    def pass_on(number: int, _frame: FrameType | None) -> None:
+        _send(workers, number)
+
+    before = {number: signal.signal(number, pass_on) for number in FORWARDED_SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,309 @@
+"""The training loop. `train_step` is the step: one window in, one update out."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from burnish.checkpoint.commit import save_checkpoint
+from burnish.checkpoint.manifest import checkpoint_path
+from burnish.checkpoint.resume import find_checkpoint, load_checkpoint, package_versions
+from burnish.checkpoint.retention import prune
+from burnish.config.schema import Config
+from burnish.data.collate import collate
+from burnish.data.store import ExampleStore
+from burnish.data.windows import WindowPlan
+from burnish.engine.base import Engine
+from burnish.errors import InterruptedRunError, Problem, TrainingStoppedError
+from burnish.plan import learning_rate
+from burnish.records import EvalStats, StepStats, TrainState, Window
+from burnish.runtime import Ranks, barrier, log, peak_memory_bytes, seed_everything, sum_over_ranks
+from burnish.train.evaluate import Cuts, evaluate
+from burnish.train.signals import StopRequest
+
+
+class Recorder(Protocol):
+    """Where the loop tells what happened; rank 0's writes it down."""
+
+    def train(self, stats: StepStats) -> None:
+        """One optimizer step."""
+
+    def eval(self, stats: EvalStats) -> None:
+        """One evaluation."""
+
+    def event(self, event: Mapping[str, Any]) -> None:
+        """Anything else worth a line."""
+
+
+@dataclass(frozen=True)
+class Feed:
+    """Examples and how they are laid out: everything a micro-batch is made from."""
+
+    store: ExampleStore
+    packed: bool
+    pad_token_id: int
+
+
+@dataclass(frozen=True)
+class TrainJob:
+    """Everything the loop needs, made by the stages before it."""
+
+    config: Config
+    engine: Engine
+    ranks: Ranks
+    windows: WindowPlan
+    feed: Feed
+    eval_store: ExampleStore | None
+    eval_cuts: Cuts | None
+    recorder: Recorder
+    fingerprints: Mapping[str, str]
+    """What a resumed run must share, by name: see `TrainState.fingerprints`."""
+    export_best: Callable[[], None] | None = None
+    """Called on every rank when an evaluation was the best so far."""
+
+    @property
+    def run_dir(self) -> Path:
+        return Path(self.config.output_dir)
+
+
+def train(job: TrainJob) -> TrainState:
+    """Run the job to its last step, from the newest whole checkpoint if there is one.
+
+    Evaluates before the first step, every `eval.every_steps`, and after the last. Saves every
+    `checkpoint.every_steps`, and when a signal asks to stop.
+
+    Returns:
+        Where the run stands at the end.
+
+    Raises:
+        InterruptedRunError: SIGTERM or SIGINT arrived; a checkpoint was saved.
+        TrainingStoppedError: `train.max_skipped_steps` steps in a row had gradients that were not
+            finite; a checkpoint from before the first of them was saved.
+        CheckpointError: The checkpoint to resume from is damaged or belongs to another run.
+    """
+    resumed_from = find_checkpoint(job.run_dir, job.config.checkpoint.resume, job.ranks)
+    state = _start_state(job, resumed_from)
+    keeper = _Keeper(job, state, resumed_from)
+    with StopRequest() as stop:
+        if resumed_from is None:
+            state = _evaluate_and_track(job, state)
+        while state.step < job.windows.num_steps:
+            state, must_stop = _one_step(job, keeper, state, stop)
+            if must_stop:
+                _stop_for_signal(job, keeper, state)
+    return state
+
+
+def train_step(
+    engine: Engine, window: Window, feed: Feed, ranks: Ranks, lr: float, stop_asked: bool = False
+) -> tuple[StepStats, bool]:
+    """One optimizer step over one window: `loss = sum(weight * nll) / sum(weight)`.
+
+    The denominator is the whole window's, over all ranks, and known before the first forward; so
+    neither the number of ranks nor that of micro-batches changes the gradient.
+
+    Args:
+        engine: Adds up gradients, then applies them.
+        window: What this step consumes, and this rank's share of it.
+        feed: Where the examples are.
+        ranks: This process among the others.
+        lr: Learning rate of this step.
+        stop_asked: This rank was asked to stop; travels with the loss, so that all ranks learn of
+            it at the same step without a collective of its own.
+
+    Returns:
+        What happened, and whether any rank was asked to stop. `StepStats.epoch` counts whole
+        passes only; who knows the plan adds the fraction.
+    """
+    started = time.perf_counter()
+    sums = torch.zeros(2, dtype=torch.float64, device=engine.device)
+    for example_ids in window.cuts[ranks.rank]:
+        examples = [feed.store[int(i)] for i in example_ids]
+        micro_batch = collate(examples, example_ids, feed.packed, feed.pad_token_id)
+        sums[0] += engine.forward_backward(micro_batch, window.total_weight)
+    result = engine.step(lr)
+    sums[1] = float(stop_asked)
+    nll_sum, num_asked = sum_over_ranks(sums, ranks).tolist()
+    stats = StepStats(
+        step=window.step,
+        epoch=float(window.epoch),
+        loss=nll_sum / window.total_weight,
+        lr=lr,
+        grad_norm=result.grad_norm,
+        applied=result.applied,
+        num_examples=len(window.example_ids),
+        num_tokens=window.num_tokens,
+        num_supervised_tokens=window.num_supervised_tokens,
+        seconds=time.perf_counter() - started,
+        peak_memory_bytes=peak_memory_bytes(engine.device),
+        example_ids=tuple(int(i) for i in window.example_ids),
+        num_micro_batches=len(window.cuts[ranks.rank]),
+    )
+    return stats, num_asked > 0
+
+
+def _one_step(
+    job: TrainJob, keeper: _Keeper, state: TrainState, stop: StopRequest
+) -> tuple[TrainState, bool]:
+    """The next window and all that hangs on its number: record, skip count, evaluation, save."""
+    config, num_steps = job.config, job.windows.num_steps
+    window = job.windows.window(state.step + 1)
+    lr = learning_rate(window.step, num_steps, config.optim, config.schedule)
+    stats, must_stop = train_step(
+        job.engine, window, job.feed, job.ranks, lr, stop_asked=stop.received is not None
+    )
+    stats = replace(stats, epoch=job.windows.epochs_done(window.step))
+    state = _advance(state, window, stats)
+    last = state.step == num_steps
+    if last or not stats.applied or state.step % config.log.every_steps == 0 or state.step == 1:
+        job.recorder.train(stats)
+    if not stats.applied:
+        _record_skip(job, keeper, state, stats)
+    if last or _is_due(state.step, config.eval.every_steps):
+        state = _evaluate_and_track(job, state)
+    if _is_due(state.step, config.checkpoint.every_steps):
+        keeper.save(state)
+    if stats.applied:
+        keeper.good_state = state
+    return state, must_stop
+
+
+def _is_due(step: int, every_steps: int | None) -> bool:
+    return every_steps is not None and step % every_steps == 0
+
+
+def _start_state(job: TrainJob, resumed_from: Path | None) -> TrainState:
+    """Step 0 with fresh random state, or everything as the checkpoint has it."""
+    if resumed_from is not None:
+        state = load_checkpoint(resumed_from, job.engine, job.ranks, job.fingerprints)
+        log.info("Resumed from %s at step %d of %d.", resumed_from, state.step, job.windows.num_steps)
+        job.recorder.event({"kind": "resume", "step": state.step, "path": str(resumed_from)})
+        return state
+    # Ranks see different examples, so their dropout must differ too.
+    seed_everything(job.config.train.seed + job.ranks.rank)
+    return TrainState(
+        step=0,
+        epoch=0,
+        num_examples=0,
+        num_tokens=0,
+        num_supervised_tokens=0,
+        best_eval_loss=None,
+        best_eval_step=None,
+        num_skipped_in_a_row=0,
+        rng={},
+        fingerprints=dict(job.fingerprints),
+        versions=package_versions(),
+        world_size=job.ranks.world_size,
+    )
+
+
+def _advance(state: TrainState, window: Window, stats: StepStats) -> TrainState:
+    return replace(
+        state,
+        step=window.step,
+        epoch=window.epoch,
+        num_examples=state.num_examples + stats.num_examples,
+        num_tokens=state.num_tokens + stats.num_tokens,
+        num_supervised_tokens=state.num_supervised_tokens + stats.num_supervised_tokens,
+        num_skipped_in_a_row=0 if stats.applied else state.num_skipped_in_a_row + 1,
+    )
+
+
+def _evaluate_and_track(job: TrainJob, state: TrainState) -> TrainState:
+    """Evaluate if there is held-out data, and remember the best since training began.
+
+    The untrained model at step 0 is measured but is never the best: exporting it helps nobody.
+    """
+    if job.eval_store is None or job.eval_cuts is None:
+        return state
+    stats = evaluate(
+        job.engine,
+        job.eval_store,
+        job.eval_cuts,
+        job.ranks,
+        step=state.step,
+        packed=job.feed.packed,
+        pad_token_id=job.feed.pad_token_id,
+    )
+    job.recorder.eval(stats)
+    best = float("inf") if state.best_eval_loss is None else state.best_eval_loss
+    if state.step == 0 or not stats.loss < best:
+        return state
+    if job.export_best is not None:
+        job.export_best()
+    return replace(state, best_eval_loss=stats.loss, best_eval_step=state.step)
+
+
+def _record_skip(job: TrainJob, keeper: _Keeper, state: TrainState, stats: StepStats) -> None:
+    """Write down a step that no rank applied; stop when there were too many in a row.
+
+    Raises:
+        TrainingStoppedError: `train.max_skipped_steps` in a row.
+    """
+    event = {
+        "kind": "skipped",
+        "step": stats.step,
+        "loss": stats.loss,
+        "grad_norm": stats.grad_norm,
+        "num_skipped_in_a_row": state.num_skipped_in_a_row,
+        "example_ids": list(stats.example_ids),
+    }
+    job.recorder.event(event)
+    limit = job.config.train.max_skipped_steps
+    log.warning("Step %d skipped: a gradient was not finite (loss %s).", stats.step, stats.loss)
+    if state.num_skipped_in_a_row < limit:
+        return
+    # Skipped steps changed no weight, so this is the state from before the first of them.
+    path = keeper.save(keeper.good_state)
+    raise TrainingStoppedError(
+        Problem(
+            f"step {stats.step}",
+            f"{limit} steps in a row had gradients that are not finite",
+            f"The state from before them is in {path}; their example numbers are in metrics.jsonl. "
+            "Look at those examples, lower optim.lr, or use model.dtype: bf16 instead of fp16.",
+        )
+    )
+
+
+def _stop_for_signal(job: TrainJob, keeper: _Keeper, state: TrainState) -> None:
+    """Save and end, unless the step just done was the last anyway."""
+    if state.step >= job.windows.num_steps:
+        return
+    path = keeper.save(state)
+    raise InterruptedRunError(
+        Problem("signal", f"stopped after step {state.step}", f"Run the same command to go on from {path}.")
+    )
+
+
+class _Keeper:
+    """Saves checkpoints and removes old ones; knows which must stay."""
+
+    def __init__(self, job: TrainJob, state: TrainState, resumed_from: Path | None) -> None:
+        self.good_state = state
+        self._job = job
+        self._resumed_from = resumed_from
+        self._last: tuple[int, Path] | None = None if resumed_from is None else (state.step, resumed_from)
+
+    def save(self, state: TrainState) -> Path:
+        """Commit a checkpoint, then prune. A step that is already saved is not saved again."""
+        if self._last is not None and self._last[0] == state.step:
+            return self._last[1]
+        job = self._job
+        path = save_checkpoint(job.engine, state, job.run_dir, job.ranks)
+        self._last = (state.step, path)
+        if job.ranks.is_main:
+            prune(job.run_dir, job.config.checkpoint.keep, self._protected(state))
+        job.recorder.event({"kind": "checkpoint", "step": state.step, "path": str(path)})
+        barrier(job.ranks)
+        return path
+
+    def _protected(self, state: TrainState) -> list[Path]:
+        protected = [] if self._resumed_from is None else [self._resumed_from]
+        if state.best_eval_step is not None:
+            protected.append(checkpoint_path(self._job.run_dir, state.best_eval_step))
+        return protected
