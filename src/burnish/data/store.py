@@ -4,7 +4,7 @@ A folder ("part") holds `tokens.arrow` (what a step needs of an example) and `in
 record batch of numbers per example, which planning reads whole):
 
     tokens.arrow   token_ids list<int32> | weights list<float32> | row text | warnings list<text>
-    index.arrow    length | supervised | weight | tokens_cut | supervised_cut | hash_low | hash_high
+    index.arrow    length | supervised | weight | tokens_cut | supervised_cut | hash_low | hash_high | piece
 
 A store is a choice of examples out of some parts: the training set and the evaluation set may share
 the same files.
@@ -45,6 +45,7 @@ INDEX_SCHEMA = pa.schema(
         pa.field("supervised_cut", pa.int64()),
         pa.field("hash_low", pa.uint64()),
         pa.field("hash_high", pa.uint64()),
+        pa.field("piece", pa.int64()),
     ]
 )
 
@@ -70,7 +71,10 @@ def tokens_batch(examples: Sequence[Example], warnings: Sequence[Sequence[str]])
 
 
 def index_batch(
-    examples: Sequence[Example], cuts: Sequence[tuple[int, int]], row_hashes: Sequence[int]
+    examples: Sequence[Example],
+    cuts: Sequence[tuple[int, int]],
+    row_hashes: Sequence[int],
+    pieces: Sequence[int],
 ) -> pa.RecordBatch:
     """What planning needs of these examples, as a record batch of `INDEX_SCHEMA`.
 
@@ -78,6 +82,7 @@ def index_batch(
         examples: Any number of them.
         cuts: Of each example, how many tokens and supervised tokens were cut off.
         row_hashes: Of each example, a 128-bit hash of the row it came from.
+        pieces: Of each example, which piece of its row it is, from 0.
     """
     mask = (1 << 64) - 1
     columns = [
@@ -88,6 +93,7 @@ def index_batch(
         pa.array([cut[1] for cut in cuts], pa.int64()),
         pa.array([value & mask for value in row_hashes], pa.uint64()),
         pa.array([value >> 64 for value in row_hashes], pa.uint64()),
+        pa.array(pieces, pa.int64()),
     ]
     return pa.RecordBatch.from_arrays(columns, schema=INDEX_SCHEMA)
 
@@ -242,8 +248,39 @@ class ExampleStore:
             numbers[source_ids == which] = np.arange(len(own))
             hashes = [xxhash.xxh3_128_intdigest(e.token_ids.tobytes() + e.weights.tobytes()) for e in own]
             tokens = tokens_batch(own, [()] * len(own))
-            parts.append(Part([tokens], [index_batch(own, [(0, 0)] * len(own), hashes)]))
+            parts.append(Part([tokens], [index_batch(own, [(0, 0)] * len(own), hashes, [0] * len(own))]))
         return cls(parts, names, source_ids, numbers)
+
+    @classmethod
+    def joined(cls, stores: Sequence[ExampleStore]) -> ExampleStore | None:
+        """All examples of the stores, one store after the other; None where there is no store.
+        A second source of a name gets `-2`."""
+        if not stores:
+            return None
+        parts: list[Part] = []
+        names: list[str] = []
+        ids: list[Any] = []
+        for store in stores:
+            ids.append(store.source_ids + np.int32(len(parts)))
+            parts += store._parts
+            names += store.source_names
+        numbers = np.concatenate([store._numbers for store in stores])
+        return cls(parts, _unique(names), np.concatenate(ids), numbers)
+
+    def subset(self, numbers: Int64[np.ndarray, " chosen"], keep_empty: bool) -> ExampleStore:
+        """A store of these examples, in this order.
+
+        Args:
+            numbers: Of examples of this store.
+            keep_empty: Keep sources of which no example was chosen, and so every source's number.
+        """
+        ids = self.source_ids[numbers]
+        if keep_empty:
+            return ExampleStore(self._parts, self.source_names, ids, self._numbers[numbers])
+        used, ids = np.unique(ids, return_inverse=True)
+        parts = [self._parts[which] for which in used]
+        names = [self.source_names[which] for which in used]
+        return ExampleStore(parts, names, ids.astype(np.int32).reshape(-1), self._numbers[numbers])
 
     def __len__(self) -> int:
         return len(self._numbers)
@@ -272,9 +309,18 @@ class ExampleStore:
         return self._column("supervised_cut", np.int64)
 
     @property
-    def row_hashes(self) -> UInt64[np.ndarray, "examples 2"]:
-        """A 128-bit hash of the row that each example came from; equal rows have equal ones."""
-        return np.stack([self._column("hash_low", np.uint64), self._column("hash_high", np.uint64)], axis=1)
+    def row_hashes(self) -> UInt64[np.ndarray, " examples"]:
+        """A hash of the row that each example came from; equal rows have equal ones."""
+        return self._column("hash_low", np.uint64)
+
+    @property
+    def pieces(self) -> Int64[np.ndarray, " examples"]:
+        """Which piece of its row each example is, from 0; above 0 only where rows were split."""
+        return self._column("piece", np.int64)
+
+    def place(self, number: int) -> str:
+        """`file:line` of the row that example `number` came from."""
+        return self._parts[int(self.source_ids[number])].row(int(self._numbers[number]))
 
     def _column(self, name: str, kind: type) -> Any:
         values = np.empty(len(self._numbers), kind)
@@ -282,6 +328,16 @@ class ExampleStore:
             own = self.source_ids == which
             values[own] = part.column(name)[self._numbers[own]]
         return values
+
+
+def _unique(names: Sequence[str]) -> list[str]:
+    unique: list[str] = []
+    for name in names:
+        candidate, count = name, 2
+        while candidate in unique:
+            candidate, count = f"{name}-{count}", count + 1
+        unique.append(candidate)
+    return unique
 
 
 def _flat(column: Any) -> np.ndarray:

@@ -1,0 +1,191 @@
+"""A batch of rows becomes a batch of examples and findings: the work that is done in parallel."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, final
+
+import pyarrow as pa
+import xxhash
+
+from burnish.data.format import RowFormat, to_conversation
+from burnish.data.mask import Encoded
+from burnish.data.messages import ROLES
+from burnish.data.problems import Policy, RowProblem
+from burnish.data.rows import Row
+from burnish.data.store import index_batch, tokens_batch
+from burnish.data.texts import Mender
+from burnish.records import Conversation, Example
+
+ANSWER_COLUMNS = ("completion", "output", "text")
+"""Our names of columns whose text is trained on."""
+
+
+class EncodesConversations(Protocol):
+    """What `mask.Encoder` does."""
+
+    def encode(self, conversations: Sequence[Conversation]) -> list[Encoded]:
+        """See `mask.Encoder.encode`."""
+        ...
+
+
+class CountsTokens(Protocol):
+    """What a fast tokenizer's backend does."""
+
+    def encode(self, sequence: str, *, add_special_tokens: bool = ...) -> Any:
+        """An object with `ids`."""
+        ...
+
+
+@dataclass(frozen=True)
+class Finding:
+    """Something about one row that the report names."""
+
+    rule: str
+    place: str
+    message: str
+    fixed: bool
+    """True: the row was mended and used. False: it was not used."""
+    num_tokens: int = 0
+    """Tokens lost with the row: as encoded, or of its texts alone where it never got that far."""
+    num_supervised: int = 0
+    """Those of them that would have been trained on."""
+
+
+@dataclass(frozen=True)
+class BatchResult:
+    """What became of a batch of rows."""
+
+    num_rows: int
+    num_kept: int
+    """Rows of which at least one example came."""
+    tokens: pa.RecordBatch
+    index: pa.RecordBatch
+    findings: tuple[Finding, ...]
+    warnings: tuple[tuple[str, str], ...]
+    """What was noticed about an example, and the place of its row."""
+    num_control_tokens: int
+    """Control tokens that were typed in texts."""
+
+
+@final
+class BatchEncoder:
+    """Turns batches of one source's rows into examples and findings. Picklable.
+
+    Args:
+        encoder: Conversations to examples.
+        backend: Counts the tokens of rows that are lost.
+        fmt: The shape of the source's rows.
+        policies: Of every rule.
+    """
+
+    def __init__(
+        self,
+        encoder: EncodesConversations,
+        backend: CountsTokens,
+        fmt: RowFormat,
+        policies: Mapping[str, Policy],
+    ) -> None:
+        self._encoder = encoder
+        self._backend = backend
+        self._fmt = fmt
+        self._policies = dict(policies)
+
+    def __call__(self, rows: Sequence[Row]) -> BatchResult:
+        """Encode a batch. Findings and examples are in the order of the rows."""
+        findings: list[Finding] = []
+        conversations: list[Conversation] = []
+        used: list[Row] = []
+        for row in rows:
+            mender = Mender(self._policies)
+            try:
+                conversations.append(to_conversation(row, self._fmt, mender))
+            except RowProblem as problem:
+                findings.append(self._lost(row, problem))
+                continue
+            used.append(row)
+            # A rule is counted once per row, however many of its messages were mended.
+            fixed = {problem.rule: problem for problem in reversed(mender.fixed)}
+            findings += [Finding(p.rule, row.place, p.message, True) for p in fixed.values()]
+        return self._collect(len(rows), used, conversations, findings)
+
+    def _collect(
+        self,
+        num_rows: int,
+        used: Sequence[Row],
+        conversations: Sequence[Conversation],
+        findings: list[Finding],
+    ) -> BatchResult:
+        examples: list[Example] = []
+        warnings: list[tuple[str, ...]] = []
+        cuts: list[tuple[int, int]] = []
+        hashes: list[int] = []
+        pieces: list[int] = []
+        num_control_tokens, last = 0, -1
+        for encoded in self._encoder.encode(conversations):
+            num_control_tokens += encoded.num_control_tokens_typed
+            if encoded.problem is not None:
+                findings.append(self._lost(used[encoded.index], encoded.problem, encoded))
+            elif encoded.example is not None:
+                examples.append(encoded.example)
+                warnings.append(encoded.warnings)
+                cuts.append((encoded.num_tokens_cut, encoded.num_supervised_cut))
+                hashes.append(row_hash(conversations[encoded.index]))
+                pieces.append(pieces[-1] + 1 if encoded.index == last else 0)
+                last = encoded.index
+        warned = [(text, e.row) for e, texts in zip(examples, warnings, strict=True) for text in texts]
+        return BatchResult(
+            num_rows,
+            num_kept=pieces.count(0),
+            tokens=tokens_batch(examples, warnings),
+            index=index_batch(examples, cuts, hashes, pieces),
+            findings=tuple(findings),
+            warnings=tuple(warned),
+            num_control_tokens=num_control_tokens,
+        )
+
+    def _lost(self, row: Row, problem: RowProblem, encoded: Encoded | None = None) -> Finding:
+        if encoded is not None and encoded.num_tokens_cut:
+            num_tokens, num_supervised = encoded.num_tokens_cut, encoded.num_supervised_cut
+        else:
+            num_tokens = num_supervised = 0
+            for text, is_answer in _texts(row.value or {}, self._fmt):
+                count = self._count(text)
+                num_tokens += count
+                num_supervised += count if is_answer else 0
+        return Finding(problem.rule, row.place, problem.message, False, num_tokens, num_supervised)
+
+    def _count(self, text: str) -> int:
+        clean = text.encode("utf-8", errors="replace").decode("utf-8")
+        return len(self._backend.encode(clean, add_special_tokens=False).ids)
+
+
+def _texts(value: Mapping[str, Any], fmt: RowFormat) -> Iterator[tuple[str, bool]]:
+    """The texts of a row in our columns, and whether each would have been trained on."""
+    for ours, theirs in fmt.columns.items():
+        cell = value.get(theirs)
+        if isinstance(cell, str):
+            yield cell, ours in ANSWER_COLUMNS
+        elif isinstance(cell, list):
+            for item in cell:
+                if isinstance(item, dict):
+                    yield from _message_texts(item)
+
+
+def _message_texts(message: Mapping[str, Any]) -> Iterator[tuple[str, bool]]:
+    speaker = message.get("role") or message.get("from")
+    is_answer = isinstance(speaker, str) and ROLES.get(speaker.lower()) == "assistant"
+    for key in ("content", "value"):
+        if isinstance(message.get(key), str):
+            yield message[key], is_answer
+
+
+def row_hash(conversation: Conversation) -> int:
+    """128 bits that are equal for rows of equal content, wherever they stand."""
+    if conversation.messages is not None:
+        messages = [(m.role, m.content, m.extra, m.train, m.weight) for m in conversation.messages]
+        content = repr((messages, conversation.tools, conversation.template_kwargs))
+    else:
+        content = repr((conversation.text, conversation.token_ids, conversation.token_weights))
+    return xxhash.xxh3_128_intdigest(content.encode("utf-8", errors="surrogatepass"))
