@@ -11,6 +11,8 @@ import torch
 
 from burnish.config.schema import Config
 from burnish.engine.base import Engine
+from burnish.engine.ds_config import runs_in_fp32
+from burnish.engine.ds_workarounds import name_accelerator
 from burnish.engine.local import LocalEngine
 from burnish.errors import ConfigError, MachineError, Problem
 from burnish.model.forward import SupervisedModel
@@ -29,11 +31,12 @@ def engine_kind(config: Config, ranks: Ranks) -> Literal["local", "deepspeed"]:
 def parameter_dtype(config: Config, ranks: Ranks) -> torch.dtype:
     """What the model's weights should be loaded in.
 
-    The local engine trains fp32 masters under autocast; a base that an adapter freezes needs no
-    master and stays in the forward's dtype. DeepSpeed keeps masters of its own, so the model's
-    weights are in the forward's dtype.
+    The local engine (and DeepSpeed without ZeRO) trains fp32 masters under autocast; a base that
+    an adapter freezes needs no master and stays in the forward's dtype. ZeRO keeps masters of its
+    own, so the model's weights are in the forward's dtype.
     """
-    if engine_kind(config, ranks) == "local" and config.adapter is None:
+    autocasts = engine_kind(config, ranks) == "local" or runs_in_fp32(config)
+    if autocasts and config.adapter is None:
         return torch.float32
     return TORCH_DTYPES[config.model.dtype]
 
@@ -44,22 +47,10 @@ def model_init_context(
     """Enter this around loading a pretrained model: under ZeRO-3 it partitions while it loads."""
     if not _is_zero3(config, ranks):
         return contextlib.nullcontext()
-    _require_deepspeed()
+    _require_deepspeed(device)
     from burnish.engine.deepspeed import zero3_init_context
 
     return zero3_init_context(config, ranks, device)
-
-
-def whole_weights(
-    model: torch.nn.Module, config: Config, ranks: Ranks
-) -> contextlib.AbstractContextManager[Any]:
-    """Enter this around running a loaded model before its engine is built (a capability check):
-    a model that was loaded partitioned is whole inside."""
-    if not _is_zero3(config, ranks):
-        return contextlib.nullcontext()
-    from burnish.engine.deepspeed import gathered_weights
-
-    return gathered_weights(model)
 
 
 def build_engine(config: Config, ranks: Ranks, device: torch.device, model: SupervisedModel) -> Engine:
@@ -84,7 +75,7 @@ def build_engine(config: Config, ranks: Ranks, device: torch.device, model: Supe
             )
         )
     if engine_kind(config, ranks) == "deepspeed":
-        _require_deepspeed()
+        _require_deepspeed(device)
         from burnish.engine.deepspeed import DeepSpeedEngine
 
         return DeepSpeedEngine(model, config, ranks=ranks, device=device)
@@ -102,7 +93,7 @@ def _is_zero3(config: Config, ranks: Ranks) -> bool:
     return engine_kind(config, ranks) == "deepspeed" and config.engine.zero_stage == 3
 
 
-def _require_deepspeed() -> None:
+def _require_deepspeed(device: torch.device) -> None:
     if importlib.util.find_spec("deepspeed") is None:
         raise MachineError(
             Problem(
@@ -111,3 +102,4 @@ def _require_deepspeed() -> None:
                 'Install it with pip install "burnish[deepspeed]", or use engine.kind: local.',
             )
         )
+    name_accelerator(device)

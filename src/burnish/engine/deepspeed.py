@@ -24,7 +24,7 @@ from jaxtyping import Float
 
 from burnish.config.schema import Config
 from burnish.engine.base import Engine, StepResult
-from burnish.engine.ds_config import deepspeed_config
+from burnish.engine.ds_config import deepspeed_config, runs_in_fp32
 from burnish.engine.ds_workarounds import announce_ranks, join_alone, quieten, skip_shm_compile
 from burnish.engine.gradients import finite_on_all_ranks, global_grad_norm
 from burnish.engine.optimizer import build_optimizer, set_learning_rate
@@ -71,13 +71,6 @@ def zero3_init_context(config: Config, ranks: Ranks, device: torch.device) -> It
         del kept_alive
 
 
-@contextlib.contextmanager
-def gathered_weights(model: torch.nn.Module) -> Iterator[None]:
-    """While entered, every rank holds all of a ZeRO-3 model's weights whole, to look at them."""
-    with deepspeed.zero.GatheredParameters(list(model.parameters()), modifier_rank=None):
-        yield
-
-
 @final
 class DeepSpeedEngine(Engine):
     """ZeRO 0 to 3 over any number of ranks, one included.
@@ -112,9 +105,9 @@ class DeepSpeedEngine(Engine):
             config=deepspeed_config(config, on_gpu=device.type == "cuda"),
             dist_init_required=False,
         )[0]
-        # fp32 at stage 0 is the one case where DeepSpeed applies whatever it is given, NaN
-        # included, and measures nothing: there we reduce and look before we let it step.
-        self._looks_itself = self._stage == 0 and config.model.dtype == "fp32"
+        # An fp32 model at stage 0 is the one case where DeepSpeed applies whatever it is given,
+        # NaN included, and measures nothing: there we reduce and look before we let it step.
+        self._looks_itself = self._stage == 0 and runs_in_fp32(config)
         if self._looks_itself:
             self._engine.enable_backward_allreduce = False
 

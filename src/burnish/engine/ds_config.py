@@ -39,18 +39,29 @@ def deepspeed_config(config: Config, *, on_gpu: bool) -> dict[str, Any]:
     return settings
 
 
+def runs_in_fp32(config: Config) -> bool:
+    """Whether DeepSpeed sees an fp32 model.
+
+    bf16 at stage 0 does too, with autocast inside: DeepSpeed's own bf16 without ZeRO adds
+    micro-batches up in bf16, and its weights, masters and gradients together take no less memory.
+    """
+    return config.model.dtype == "fp32" or (config.model.dtype == "bf16" and config.engine.zero_stage == 0)
+
+
 def _precision_sections(config: Config) -> dict[str, Any]:
     """bf16, fp16 or neither. Masters and optimizer state are fp32 in all of them."""
-    if config.model.dtype == "bf16":
-        sections: dict[str, Any] = {"bf16": {"enabled": True, "check_grad_overflow": True}}
-        if config.engine.zero_stage >= 1:
-            # Many micro-batches summed in bf16 lose their last bits; stage 0 has no other way.
-            sections["data_types"] = {"grad_accum_dtype": "fp32"}
-        return sections
     if config.model.dtype == "fp16":
         # 2^16, DeepSpeed's start, overflows in the first steps of most language models.
         return {"fp16": {"enabled": True, "loss_scale": 0, "initial_scale_power": 12, "hysteresis": 1}}
-    return {}
+    if config.model.dtype == "fp32":
+        return {}
+    if runs_in_fp32(config):
+        return {"torch_autocast": {"enabled": True, "dtype": "bfloat16"}}
+    return {
+        "bf16": {"enabled": True, "check_grad_overflow": True},
+        # Many micro-batches added up in bf16 lose their last bits.
+        "data_types": {"grad_accum_dtype": "fp32"},
+    }
 
 
 def _zero_section(config: Config, on_gpu: bool) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
+import warnings
 from collections.abc import MutableMapping
 
 import torch
@@ -53,11 +54,27 @@ def join_alone(ranks: Ranks, device: torch.device) -> None:
     torch.distributed.init_process_group(backend, store=torch.distributed.HashStore(), rank=0, world_size=1)
 
 
+def name_accelerator(device: torch.device) -> None:
+    """Tell DeepSpeed, before it is imported, what it computes on.
+
+    `accelerator/real_accelerator.py` otherwise guesses at import, and warns on stdout about a CPU.
+
+    Remove when: it takes the accelerator as an argument, or guesses in silence.
+    """
+    os.environ.setdefault("DS_ACCELERATOR", device.type)
+
+
 def quieten(logger: logging.Logger) -> None:
-    """Let DeepSpeed's logger, which writes to stdout, report errors only.
+    """Let DeepSpeed's logger, which writes to stdout, report errors only, and hide its use of
+    collectives that torch 2.13 calls by new names (a warning per call).
 
     Its warnings speak to people who call it by hand; stdout belongs to what a verb prints.
 
-    Remove when: DeepSpeed logs to stderr, or through the root logger.
+    Remove when: DeepSpeed logs through the root logger, and calls the collectives' new names.
     """
     logger.setLevel(logging.ERROR)
+    warnings.filterwarnings(
+        "ignore",
+        r"`torch.distributed.(reduce_scatter_tensor|all_gather_into_tensor)` is deprecated",
+        FutureWarning,
+    )

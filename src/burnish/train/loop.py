@@ -68,6 +68,7 @@ class TrainJob:
 
     @property
     def run_dir(self) -> Path:
+        """The run's folder."""
         return Path(self.config.output_dir)
 
 
