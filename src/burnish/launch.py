@@ -19,6 +19,7 @@ from pathlib import Path
 from types import FrameType
 
 from burnish.config.schema import LaunchConfig
+from burnish.rendezvous import in_slurm_step
 from burnish.runtime import log
 
 GRACE_SECONDS = 60.0
@@ -32,7 +33,7 @@ def num_workers(launch: LaunchConfig, environ: Mapping[str, str] = os.environ) -
 
     Under a launcher (torchrun, deepspeed, a Slurm step) it is always 1. `auto` is one per GPU.
     """
-    if "RANK" in environ or ("SLURM_STEP_ID" in environ and int(environ.get("SLURM_NTASKS", "1")) > 1):
+    if "RANK" in environ or in_slurm_step(environ):
         return 1
     if launch.num_processes != "auto":
         return launch.num_processes

@@ -13,11 +13,12 @@ import random
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
 from burnish.errors import MachineError, Problem
+from burnish.rendezvous import complete_environment, in_slurm_step, slurm_environment
 
 if TYPE_CHECKING:
     import torch
@@ -35,6 +36,7 @@ class Ranks:
 
     @property
     def is_main(self) -> bool:
+        """Whether this is rank 0, which writes and prints for all."""
         return self.rank == 0
 
 
@@ -42,16 +44,13 @@ def ranks_from_environment(environ: Mapping[str, str] = os.environ) -> Ranks:
     """Read the ranks that torchrun, the deepspeed launcher or srun put into the environment.
 
     `RANK`/`WORLD_SIZE` win over Slurm's variables; with neither this is the only process.
-    Slurm's are believed only inside a job step (`SLURM_STEP_ID`), so that a plain `burnish train`
-    typed inside an allocation stays one process.
     """
     if "RANK" in environ and "WORLD_SIZE" in environ:
         rank = int(environ["RANK"])
         return Ranks(rank, int(environ.get("LOCAL_RANK", rank)), int(environ["WORLD_SIZE"]))
-    if "SLURM_STEP_ID" in environ and int(environ.get("SLURM_NTASKS", "1")) > 1:
-        return Ranks(
-            int(environ["SLURM_PROCID"]), int(environ["SLURM_LOCALID"]), int(environ["SLURM_NTASKS"])
-        )
+    if in_slurm_step(environ):
+        step = slurm_environment(environ)
+        return Ranks(int(step["RANK"]), int(step["LOCAL_RANK"]), int(step["WORLD_SIZE"]))
     return Ranks(0, 0, 1)
 
 
@@ -66,8 +65,19 @@ def pick_device(ranks: Ranks) -> torch.device:
     return device
 
 
-def start_process_group(ranks: Ranks, device: torch.device, timeout_seconds: float = 1800) -> None:
+def start_process_group(
+    ranks: Ranks,
+    device: torch.device,
+    timeout_seconds: float = 1800.0,
+    join_timeout_seconds: float = 600.0,
+) -> None:
     """Join the process group (nccl on GPUs, gloo on CPUs). Nothing to do for one process.
+
+    Args:
+        ranks: This process among the others.
+        device: Where this rank computes.
+        timeout_seconds: Longest wait in a collective.
+        join_timeout_seconds: Longest wait for all ranks to turn up.
 
     Raises:
         MachineError: The other ranks cannot be reached.
@@ -75,13 +85,22 @@ def start_process_group(ranks: Ranks, device: torch.device, timeout_seconds: flo
     if ranks.world_size == 1:
         return
     import torch.distributed as dist
+    from torch.distributed.distributed_c10d import PrefixStore
+    from torch.distributed.rendezvous import rendezvous
 
     if dist.is_initialized():
         return
+    complete_environment(os.environ)
     backend = "nccl" if device.type == "cuda" else "gloo"
     try:
+        # Rank 0 listens and the others come. This has a limit of its own: a rank that never
+        # starts should not cost what a slow collective may.
+        join_timeout = datetime.timedelta(seconds=join_timeout_seconds)
+        joining = rendezvous("env://", ranks.rank, ranks.world_size, timeout=join_timeout)
+        store, _, _ = next(iter(joining))
         dist.init_process_group(
             backend,
+            store=PrefixStore("burnish", store),
             rank=ranks.rank,
             world_size=ranks.world_size,
             timeout=datetime.timedelta(seconds=timeout_seconds),
@@ -92,7 +111,7 @@ def start_process_group(ranks: Ranks, device: torch.device, timeout_seconds: flo
             Problem(
                 "process group",
                 f"rank {ranks.rank} of {ranks.world_size} could not join over {backend}: {error}",
-                f"Check that every node reaches MASTER_ADDR:MASTER_PORT ({address}).",
+                f"Check that all ranks were started and reach MASTER_ADDR:MASTER_PORT ({address}).",
             )
         ) from error
 
@@ -118,7 +137,7 @@ def random_state() -> dict[str, Any]:
     """This rank's random state as a JSON-able value; `restore_random_state` takes it back."""
     import torch
 
-    kind, keys, position, has_gauss, gauss = np.random.get_state(legacy=True)  # pyright: ignore
+    kind, keys, position, has_gauss, gauss = cast(tuple[Any, ...], np.random.get_state(legacy=True))
     version, internal, python_gauss = random.getstate()
     state: dict[str, Any] = {
         "python": [version, list(internal), python_gauss],
@@ -140,9 +159,7 @@ def restore_random_state(state: Mapping[str, Any]) -> None:
     np.random.set_state((kind, np.frombuffer(_to_bytes(keys), np.uint32), position, has_gauss, gauss))
     torch.set_rng_state(torch.frombuffer(bytearray(_to_bytes(state["torch"])), dtype=torch.uint8))
     if "cuda" in state and torch.cuda.is_available():
-        torch.cuda.set_rng_state(
-            torch.frombuffer(bytearray(_to_bytes(state["cuda"])), dtype=torch.uint8)
-        )
+        torch.cuda.set_rng_state(torch.frombuffer(bytearray(_to_bytes(state["cuda"])), dtype=torch.uint8))
 
 
 def _to_text(raw: bytes) -> str:
