@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 from typing import Literal
 
+import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import PreTrainedModel
@@ -16,7 +17,10 @@ Checkpointing = Literal["none", "light", "full"]
 
 
 def adapt(
-    model: PreTrainedModel, adapter: AdapterConfig | None, activation_checkpointing: Checkpointing
+    model: PreTrainedModel,
+    adapter: AdapterConfig | None,
+    activation_checkpointing: Checkpointing,
+    seed: int = 0,
 ) -> PreTrainedModel | PeftModel:
     """Make a loaded model trainable as the config says.
 
@@ -26,6 +30,7 @@ def adapt(
             are trained.
         activation_checkpointing: `none`, or `full`: every layer keeps its input and is computed again
             in the backward. (`auto` is decided by the caller.)
+        seed: Of fresh adapter weights: the same on every rank and under every engine.
 
     Raises:
         ConfigError: Target modules that do not exist, or a level this model cannot do.
@@ -45,7 +50,9 @@ def adapt(
     if activation_checkpointing == "full":
         # The frozen embeddings' output needs no gradient; a recomputed layer wants an input that does.
         model.enable_input_require_grads()
-    adapted = get_peft_model(model, _lora_config(model, adapter), autocast_adapter_dtype=False)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        adapted = get_peft_model(model, _lora_config(model, adapter), autocast_adapter_dtype=False)
     assert isinstance(adapted, PeftModel)
     for parameter in adapted.parameters():
         if parameter.requires_grad:

@@ -30,10 +30,16 @@ def causal_model(model: nn.Module) -> PreTrainedModel:
     return inner
 
 
-def body_of(model: PreTrainedModel) -> nn.Module | None:
+def body_of(model: PreTrainedModel) -> PreTrainedModel | None:
     """The part that turns tokens into hidden states; None where there is no such part apart."""
-    body = model.get_decoder()
-    return None if body is model else body
+    # `get_decoder` looks for names; a family may give one of them to its head (ModernBERT's
+    # decoder), or call its body otherwise than its prefix says (Llama 4): then any child will do
+    # that is a model itself.
+    candidates = [model.get_decoder(), model.base_model, *model.children()]
+    for body in candidates:
+        if isinstance(body, PreTrainedModel) and body is not model:
+            return body
+    return None
 
 
 def head_of(model: PreTrainedModel) -> Head | None:
@@ -53,5 +59,6 @@ def head_shape(config: Any) -> HeadShape:
     scale = float(text.get("logit_scale") or 1.0)  # Cohere
     scale *= float(text.get("lm_head_multiplier") or 1.0)  # Falcon-H1
     scale /= float(text.get("logits_scaling") or 1.0)  # Granite
-    softcap = text.get("final_logit_softcapping")  # Gemma 2 and later
+    # Gemma 2 and later; RecurrentGemma
+    softcap = text.get("final_logit_softcapping") or text.get("logits_soft_cap")
     return HeadShape(scale, None if not softcap else float(softcap))

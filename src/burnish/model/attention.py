@@ -20,6 +20,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from burnish.errors import ConfigError, Problem
 from burnish.model.anatomy import body_of, causal_model, head_of
 from burnish.model.document_attention import ATTENTION_NAME, document_mask, register_attention
 from burnish.model.surrogate import REFUSALS, build_surrogate
@@ -53,6 +54,9 @@ def can_isolate(model: nn.Module, choice: str = "auto", max_tokens: int | None =
         model: A causal language model with its weights (or ZeRO-3's shards), adapted or not.
         choice: `model.attention` of the config.
         max_tokens: Tokens of the longest document; None if that is not known.
+
+    Raises:
+        ConfigError: The model's tokens see the tokens after them: it is no causal language model.
     """
     causal = causal_model(model)
     register_attention()
@@ -77,6 +81,7 @@ def _subject(model: PreTrainedModel) -> PreTrainedModel | None:
 
 
 def _try_out(model: PreTrainedModel, choice: str, max_tokens: int | None) -> Capability:
+    _require_causal(model)
     fused = verify_head(model)
     padded = _padded_attention(model, choice)
     if choice not in OWN:
@@ -85,6 +90,23 @@ def _try_out(model: PreTrainedModel, choice: str, max_tokens: int | None) -> Cap
     if problem is not None:
         return Capability(False, padded, problem, fused)
     return Capability(True, ATTENTION_NAME, "packed documents equal documents alone", fused)
+
+
+def _require_causal(model: PreTrainedModel) -> None:
+    """Encoders (BERT and its kin) load as causal language models too, and would learn by looking ahead."""
+    model.set_attn_implementation("eager")
+    tokens = _probe_tokens(model)[0][None].to(model.device)
+    changed = tokens.clone()
+    changed[0, -1] = (changed[0, -1] + 1) % model.config.get_text_config(decoder=True).vocab_size
+    before, after = (model(input_ids=t, use_cache=False).logits[0, :-1] for t in (tokens, changed))
+    if not _close(before, after):
+        raise ConfigError(
+            Problem(
+                "model.path",
+                f"{type(model).__name__} ({model.config.model_type}) is not causal: tokens see later ones",
+                "Burnish trains causal language models; an encoder may need is_decoder in its config.json.",
+            )
+        )
 
 
 def _padded_attention(model: PreTrainedModel, choice: str) -> str:

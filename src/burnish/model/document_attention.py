@@ -55,7 +55,7 @@ class Scores:
         return self.softcap is None and self.sinks is None and self.dropout == 0.0
 
 
-class UnsupportedAttentionError(Exception):
+class UnsupportedAttentionError(RuntimeError):
     """A layer asks for something that packed documents cannot be given; they must be padded."""
 
 

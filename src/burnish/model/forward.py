@@ -6,8 +6,10 @@ reach the head.
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import final
+from typing import Any, final
 
 import numpy as np
 import torch
@@ -90,6 +92,25 @@ class SupervisedModel(nn.Module):
         self.model = model
         self.capability = capability
 
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> SupervisedModel:
+        """Moves buffers, but keeps their dtype.
+
+        An engine that turns its module into bf16 (`module.bfloat16()`, as DeepSpeed does) would round
+        the frequencies of rotary embeddings too, and with them every far position.
+        """
+        before = [
+            (module, name, buffer)
+            for module in self.modules()
+            for name, buffer in module._buffers.items()
+            if buffer is not None
+        ]
+        super()._apply(fn, recurse)
+        for module, name, buffer in before:
+            after = module._buffers[name]
+            if after is not None and after.dtype != buffer.dtype:
+                module._buffers[name] = buffer.to(after.device)
+        return self
+
     def external_parameters(self) -> list[nn.Parameter]:
         """Parameters that this module's forward uses although a child owns them: ZeRO-3 has to be
         told, so that it gathers them once per micro-batch."""
@@ -149,12 +170,24 @@ class SupervisedModel(nn.Module):
         return (nll * batch.weights).sum()
 
     def _plain_logits(self, batch: DeviceBatch) -> Float32[torch.Tensor, "targets vocabulary"]:
-        """Logits at the supervised positions by the model's own head: for heads that are not one
-        matrix. All positions' logits are computed."""
-        logits = causal_model(self.model)(
+        """Logits at the supervised positions by the model's own head, for heads that are not one
+        matrix. Where the model takes `logits_to_keep`, only columns with a target are computed."""
+        causal = causal_model(self.model)
+        arguments: dict[str, Any] = {}
+        where = batch.supervised
+        columns = batch.token_ids.shape[1]
+        keeps = "logits_to_keep" in inspect.signature(causal.forward).parameters
+        if keeps and batch.token_ids.shape[0] == 1 and len(where) > 0:
+            arguments["logits_to_keep"] = where
+            where = torch.arange(len(where), device=where.device)
+            columns = len(where)
+        logits = causal(
             input_ids=batch.token_ids,
             position_ids=batch.position_ids,
             attention_mask=batch.attention_mask,
             use_cache=False,
+            **arguments,
         ).logits
-        return logits.flatten(0, 1).index_select(0, batch.supervised).float()
+        # A few old models ignore logits_to_keep's tensor form.
+        assert logits.shape[1] == columns
+        return logits.flatten(0, 1).index_select(0, where).float()

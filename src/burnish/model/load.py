@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
+import importlib.util
+import re
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from burnish.config.schema import ModelConfig
 from burnish.errors import ConfigError, MachineError, Problem
+
+COMPUTE_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+# Buffers that older checkpoints hold and today's code computes: no weights.
+_COMPUTED_BUFFERS = re.compile(r"(rotary_emb\.inv_freq|\.attn\.masked_bias|\.attn\.bias|attention\.bias)$")
+
+_MAX_NAMES_SHOWN = 8
 
 
 def load_model(
@@ -26,7 +37,7 @@ def load_model(
     Args:
         model: Where from, and how.
         seed: Of fresh weights.
-        init_context: The engine's context for making modules (ZeRO-3), or None.
+        init_context: The engine's context for loading (ZeRO-3), or None.
         param_dtype: What parameters are kept in.
         quantize: `nf4` keeps linear layers in 4 bits.
         tokenizer_size: Tokens that the tokenizer can produce; the embedding must hold them.
@@ -36,13 +47,20 @@ def load_model(
         MachineError: Weights are missing, left over, or of another shape; a package is missing.
     """
     config = load_model_config(model)
+    _check_vocabulary(config, tokenizer_size)
     if model.init == "random":
-        built = _fresh(config, seed, param_dtype, model)
-    else:
-        with init_context or nullcontext():
-            built = _pretrained(model, config, param_dtype, quantize)
-    _check_vocabulary(built, tokenizer_size)
-    return built
+        if quantize is not None:
+            raise ConfigError(
+                Problem(
+                    "adapter.quantize",
+                    f"{quantize} with model.init: random",
+                    "Quantise a pretrained model, or leave adapter.quantize out.",
+                )
+            )
+        return _fresh(config, seed, param_dtype, model)
+    _check_weight_files(model.path)
+    with init_context or nullcontext():
+        return _pretrained(model, config, param_dtype, quantize)
 
 
 def load_model_config(model: ModelConfig) -> Any:
@@ -51,34 +69,84 @@ def load_model_config(model: ModelConfig) -> Any:
     Raises:
         ConfigError: There is none, or its architecture is not known or not a causal decoder.
     """
+    if _names_a_place(model.path) and not Path(model.path).expanduser().exists():
+        raise ConfigError(Problem("model.path", f"there is no folder {model.path}", "Check the path."))
+    path = _place(model.path)
     try:
         config = AutoConfig.from_pretrained(
-            model.path, revision=model.revision, trust_remote_code=model.trust_remote_code
+            path, revision=model.revision, trust_remote_code=model.trust_remote_code
         )
-    except (OSError, ValueError) as error:
-        raise ConfigError(
-            Problem("model.path", f"{model.path} cannot be loaded: {error}", "Give a folder or a hub name.")
-        ) from error
-    if config.is_encoder_decoder:
+    except (OSError, ValueError, KeyError) as error:
         raise ConfigError(
             Problem(
                 "model.path",
-                f"{model.path} is an encoder-decoder model ({config.model_type})",
-                "Burnish trains causal language models.",
+                f"{model.path} cannot be loaded: {_first_lines(error)}",
+                "Give a folder with config.json or a hub name; a new architecture may need a newer "
+                "transformers, or model.trust_remote_code: true.",
             )
-        )
+        ) from error
+    if config.is_encoder_decoder:
+        what = f"{model.path} is an encoder-decoder model ({config.model_type})"
+        raise ConfigError(Problem("model.path", what, "Burnish trains causal language models."))
+    remote = "AutoModelForCausalLM" in (config.to_dict().get("auto_map") or {})
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and not remote:
+        what = f"{model.path} ({config.model_type}) has no causal language model in transformers"
+        raise ConfigError(Problem("model.path", what, "Burnish trains causal language models."))
     return config
 
 
+def _names_a_place(path: str) -> bool:
+    """Whether it can only be meant as a path on this machine, not as a hub name."""
+    return path.startswith(("/", "./", "../", "~")) or path.count("/") > 1
+
+
+def _place(path: str) -> str:
+    place = Path(path).expanduser()
+    return str(place) if place.exists() else path
+
+
+def _first_lines(error: Exception) -> str:
+    return " ".join(str(error).strip().splitlines()[:2])
+
+
 def _fresh(config: Any, seed: int, dtype: torch.dtype, model: ModelConfig) -> PreTrainedModel:
-    # Built whole on the CPU, outside any ZeRO-3 context (which would skip the initialisation): so the
-    # weights are the same under every engine and world size. The engine partitions it afterwards.
+    # Built whole on the CPU and in fp32, outside any ZeRO-3 context (which would skip or split the
+    # initialisation): so the weights are the same under every engine, dtype and world size. The
+    # engine partitions them afterwards.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        built = AutoModelForCausalLM.from_config(
-            config, dtype=torch.float32, trust_remote_code=model.trust_remote_code
+        if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
+            # The class itself: `from_config` would partition while a ZeRO-3 config is alive.
+            built = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)](config)
+        else:
+            built = AutoModelForCausalLM.from_config(config, trust_remote_code=model.trust_remote_code)
+    for parameter in built.parameters():  # parameters only: rotary frequencies stay in fp32
+        parameter.data = parameter.data.to(dtype)
+    config.dtype = dtype
+    return built
+
+
+def _check_weight_files(path: str) -> None:
+    """Weights are read from safetensors only: a pickle can run any code."""
+    folder = Path(path).expanduser()
+    if not folder.is_dir() or any(folder.glob("*.safetensors")):
+        return
+    pickles = sorted(p.name for p in (*folder.glob("*.bin"), *folder.glob("*.pt"), *folder.glob("*.pth")))
+    if pickles:
+        raise ConfigError(
+            Problem(
+                "model.path",
+                f"{path} has its weights only as pickle files ({', '.join(pickles[:_MAX_NAMES_SHOWN])})",
+                "Convert them where you trust them: load with transformers, then save_pretrained.",
+            )
         )
-    return built.to(dtype)
+    raise ConfigError(
+        Problem(
+            "model.path",
+            f"{path} has no weights (*.safetensors)",
+            "Set model.init: random to start from fresh weights, or give a folder with weights.",
+        )
+    )
 
 
 def _pretrained(
@@ -86,36 +154,68 @@ def _pretrained(
 ) -> PreTrainedModel:
     arguments: dict[str, Any] = {}
     if quantize == "nf4":
-        from transformers import BitsAndBytesConfig
-
-        arguments["quantization_config"] = BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=dtype,
+        arguments["quantization_config"] = _nf4(COMPUTE_DTYPES[model.dtype])
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            _place(model.path),
+            config=config,
+            revision=model.revision,
+            dtype=dtype,
+            trust_remote_code=model.trust_remote_code,
+            use_safetensors=True,
+            ignore_mismatched_sizes=True,  # so that they come back by name instead of as a traceback
+            output_loading_info=True,
+            **arguments,
         )
-    loaded: Any = AutoModelForCausalLM.from_pretrained(
-        model.path,
-        config=config,
-        revision=model.revision,
-        dtype=dtype,
-        trust_remote_code=model.trust_remote_code,
-        output_loading_info=True,
-        **arguments,
-    )
+    except OSError as error:
+        raise ConfigError(
+            Problem("model.path", f"{model.path} cannot be loaded: {_first_lines(error)}", "Check the path.")
+        ) from error
     built, report = loaded
-    problems = [
-        Problem("model.path", f"{kind.replace('_', ' ')}: {', '.join(map(str, sorted(names, key=str)))}")
-        for kind, names in report.items()
-        if kind in ("missing_keys", "mismatched_keys", "unexpected_keys", "error_msgs") and names
-    ]
-    if problems:
-        raise MachineError(*problems)
+    _check_report(model.path, report)
     return built
 
 
-def _check_vocabulary(model: PreTrainedModel, tokenizer_size: int) -> None:
-    rows = model.config.get_text_config(decoder=True).vocab_size
+def _nf4(compute_dtype: torch.dtype) -> Any:
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise MachineError(
+            Problem("adapter.quantize", "nf4 needs bitsandbytes", "pip install 'burnish[qlora]'")
+        )
+    from transformers import BitsAndBytesConfig
+
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=compute_dtype,
+    )
+
+
+def _check_report(path: str, report: dict[str, Any]) -> None:
+    """Every weight has to come from the checkpoint, and every weight of the checkpoint to be used."""
+    leftovers = [k for k in report["unexpected_keys"] if not _COMPUTED_BUFFERS.search(k)]
+    problems = [
+        *_name_them(path, "weights are missing and would be random", report["missing_keys"]),
+        *_name_them(path, "weights have another shape than config.json says", report["mismatched_keys"]),
+        *_name_them(path, "weights belong to no part of the model", leftovers),
+        *_name_them(path, "weights could not be read", report.get("error_msgs") or []),
+    ]
+    if problems:
+        raise MachineError(*problems)
+
+
+def _name_them(path: str, what: str, entries: Any) -> list[Problem]:
+    # A mismatch is (name, shape in the file, shape in the model).
+    names = sorted(" ".join(map(str, e)) if isinstance(e, tuple) else str(e) for e in entries)
+    if not names:
+        return []
+    shown = ", ".join(names[:_MAX_NAMES_SHOWN]) + (", ..." if len(names) > _MAX_NAMES_SHOWN else "")
+    cure = "The folder may be an incomplete download, or config.json of another model."
+    return [Problem("model.path", f"{path}: {len(names)} {what}: {shown}", cure)]
+
+
+def _check_vocabulary(config: Any, tokenizer_size: int) -> None:
+    rows = config.get_text_config(decoder=True).vocab_size
     if tokenizer_size > rows:
         raise ConfigError(
             Problem(

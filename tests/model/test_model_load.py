@@ -1,0 +1,118 @@
+"""Loading: every weight accounted for, fresh weights by seed alone, one clear error for each mistake."""
+
+import json
+
+import pytest
+import torch
+from tiny_models import build
+from transformers import AutoConfig
+
+from burnish.config.schema import ModelConfig
+from burnish.errors import ConfigError, MachineError
+from burnish.model.load import load_model
+
+
+def load(path, tokenizer_size=97, param_dtype=torch.float32, seed=1, **keys):
+    quantize = keys.pop("quantize", None)
+    return load_model(
+        ModelConfig(path=str(path), **keys),
+        seed=seed,
+        init_context=None,
+        param_dtype=param_dtype,
+        quantize=quantize,
+        tokenizer_size=tokenizer_size,
+    )
+
+
+@pytest.fixture
+def folder(tmp_path):
+    build("qwen2").save_pretrained(tmp_path)
+    return tmp_path
+
+
+def rewrite(folder, change):
+    from safetensors.torch import load_file, save_file
+
+    weights = load_file(folder / "model.safetensors")
+    change(weights)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def test_pretrained_weights_come_back_and_stay_tied(folder):
+    model = load(folder)
+    saved = build("qwen2").state_dict()
+    assert all(torch.equal(model.state_dict()[k], v) for k, v in saved.items())
+    assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_fresh_weights_follow_from_the_seed_alone(tmp_path, dtype):
+    AutoConfig.for_model("llama", hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+                         num_attention_heads=4, vocab_size=97).save_pretrained(tmp_path)  # fmt: skip
+    torch.manual_seed(5)
+    one = load(tmp_path, init="random", param_dtype=dtype)
+    state = torch.get_rng_state()
+    torch.manual_seed(6)
+    two = load(tmp_path, init="random", param_dtype=dtype)
+    other = load(tmp_path, init="random", param_dtype=dtype, seed=2)
+    assert all(torch.equal(a, b) for a, b in zip(one.parameters(), two.parameters(), strict=True))
+    assert not torch.equal(one.lm_head.weight, other.lm_head.weight)
+    assert one.lm_head.weight.dtype == dtype
+    assert 0.015 < one.lm_head.weight.float().std() < 0.025  # initializer_range, not PyTorch's default
+    assert one.model.rotary_emb.inv_freq.dtype == torch.float32
+    torch.manual_seed(5)
+    assert torch.equal(torch.get_rng_state(), state), "loading must not consume random numbers"
+
+
+def test_missing_leftover_and_misshapen_weights_are_named(folder):
+    def change(weights):
+        del weights["model.norm.weight"]
+        weights["model.layers.0.mlp.up_proj.weight"] = torch.zeros(3, 32)
+        weights["model.extra.weight"] = torch.zeros(2)
+
+    rewrite(folder, change)
+    with pytest.raises(MachineError) as caught:
+        load(folder)
+    text = str(caught.value)
+    assert "missing" in text and "model.norm.weight" in text
+    assert "another shape" in text and "model.layers.0.mlp.up_proj.weight" in text
+    assert "no part of the model" in text and "model.extra.weight" in text
+
+
+def test_pickle_only_and_empty_folders_are_refused(folder):
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    with pytest.raises(ConfigError, match="pickle"):
+        load(folder)
+    (folder / "pytorch_model.bin").unlink()
+    with pytest.raises(ConfigError, match="init: random"):
+        load(folder)
+
+
+def test_not_a_causal_language_model(folder, tmp_path):
+    with pytest.raises(ConfigError, match="no folder"):
+        load("./not/there")
+    with pytest.raises(ConfigError, match="cannot be loaded"):
+        load("nobody/nothing")
+    AutoConfig.for_model("t5").save_pretrained(tmp_path / "t5")
+    with pytest.raises(ConfigError, match="encoder-decoder"):
+        load(tmp_path / "t5", init="random")
+    AutoConfig.for_model("vit").save_pretrained(tmp_path / "vit")
+    with pytest.raises(ConfigError, match="no causal language model"):
+        load(tmp_path / "vit", init="random")
+    config = json.loads((folder / "config.json").read_text()) | {"model_type": "from_tomorrow"}
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ConfigError, match="from_tomorrow"):
+        load(folder)
+
+
+def test_a_tokenizer_larger_than_the_embedding_is_refused(folder):
+    with pytest.raises(ConfigError, match="98 tokens"):
+        load(folder, tokenizer_size=98)
+
+
+def test_quantising_needs_weights_and_the_package(folder, monkeypatch):
+    with pytest.raises(ConfigError, match="nf4"):
+        load(folder, init="random", quantize="nf4")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(MachineError, match=r"burnish\[qlora\]"):
+        load(folder, quantize="nf4")
