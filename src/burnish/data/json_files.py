@@ -10,7 +10,7 @@ import io
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from burnish.data.problems import RowProblem, shorten
 from burnish.data.rows import BROKEN, Row, decode_utf8, object_row, open_bytes
@@ -147,7 +147,7 @@ class JsonArray:
     def rows(self) -> Iterator[Row]:
         """Every item, with the line on which it starts."""
         with open_bytes(self._path) as stream:
-            text = io.TextIOWrapper(stream, encoding="utf-8", errors="surrogateescape", newline="")
+            text = io.TextIOWrapper(stream, encoding="utf-8", errors="surrogateescape", newline="")  # pyright: ignore[reportArgumentType]
             try:
                 yield from self._items(text)
             except (*BROKEN, ValueError, RecursionError) as error:
@@ -155,7 +155,7 @@ class JsonArray:
                 message = f"{getattr(error, 'msg', error)}"
                 yield Row(self._source, place, None, RowProblem("unreadable_rest", message))
 
-    def _items(self, text: IO[str]) -> Iterator[Row]:
+    def _items(self, text: io.TextIOBase) -> Iterator[Row]:
         self._skip(text, "\ufeff")
         if self._peek(text) != "[":
             raise ValueError("no array here")
@@ -174,7 +174,7 @@ class JsonArray:
                 raise ValueError(f"a comma or ] is missing before {shorten(mark)}" if mark else "cut off")
             self._advance(1)
 
-    def _decode(self, text: IO[str]) -> tuple[Any, RowProblem | None]:
+    def _decode(self, text: io.TextIOBase) -> tuple[Any, RowProblem | None]:
         grow = CHUNK_CHARACTERS
         while True:
             try:
@@ -199,12 +199,12 @@ class JsonArray:
         clean, problem = decode_utf8(raw)
         return (json.loads(clean), problem) if problem else (value, None)
 
-    def _peek(self, text: IO[str]) -> str:
+    def _peek(self, text: io.TextIOBase) -> str:
         """The next character that is not white space, or nothing at the end."""
         self._skip(text, " \t\r\n")
         return self._buffer[self._position : self._position + 1]
 
-    def _skip(self, text: IO[str], characters: str) -> None:
+    def _skip(self, text: io.TextIOBase, characters: str) -> None:
         while True:
             start = self._position
             while start < len(self._buffer) and self._buffer[start] in characters:
@@ -218,7 +218,7 @@ class JsonArray:
         self._line += self._buffer.count("\n", self._position, self._position + count)
         self._position += count
 
-    def _read(self, text: IO[str], size: int) -> None:
+    def _read(self, text: io.TextIOBase, size: int) -> None:
         more = text.read(size)
         self._at_end = not more
         self._buffer = self._buffer[self._position :] + more

@@ -180,7 +180,8 @@ def _describe_source(source: Mapping[str, Any]) -> list[str]:
     if source["truncated_examples"]:
         lines.append(
             f"  truncated  {source['truncated_examples']:,} "
-            f"({source['truncated_answers']:,} lost tokens of an answer): {source['tokens_cut']:,} tokens, {source['supervised_tokens_cut']:,} supervised, are lost"
+            f"({source['truncated_answers']:,} lost tokens of an answer): "
+            f"{source['tokens_cut']:,} tokens, {source['supervised_tokens_cut']:,} supervised, are lost"
         )
     for word in ("dropped", "fixed"):
         for rule, entry in source[word].items():

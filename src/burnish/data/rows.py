@@ -10,7 +10,7 @@ import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from burnish.data.problems import RowProblem, shorten
 from burnish.errors import DataError, Problem
@@ -34,7 +34,7 @@ class Row:
     problem: RowProblem | None = None
 
 
-def open_bytes(path: Path) -> IO[bytes]:
+def open_bytes(path: Path) -> io.BufferedIOBase:
     """Open a file for reading, decompressing as its ending says.
 
     Raises:
@@ -46,10 +46,10 @@ def open_bytes(path: Path) -> IO[bytes]:
         raise DataError(Problem(str(path), f"cannot be read: {error.strerror or error}")) from error
 
 
-def _open_bytes(path: Path) -> IO[bytes]:
+def _open_bytes(path: Path) -> io.BufferedIOBase:
     suffix = path.suffix.lower()
     if suffix == ".gz":
-        return gzip.open(path, "rb")  # type: ignore[return-value]
+        return gzip.open(path, "rb")
     if suffix == ".bz2":
         return bz2.open(path, "rb")
     if suffix == ".xz":
@@ -57,7 +57,7 @@ def _open_bytes(path: Path) -> IO[bytes]:
     if suffix == ".zst":
         import pyarrow as pa
 
-        return io.BufferedReader(pa.CompressedInputStream(pa.OSFile(str(path)), "zstd"))  # type: ignore[arg-type]
+        return io.BufferedReader(pa.CompressedInputStream(pa.OSFile(str(path)), "zstd"))
     return path.open("rb")
 
 
