@@ -72,7 +72,7 @@ def test_counts_equal_the_sums_over_all_windows(num, ranks, packed, micro, whole
 
 @pytest.mark.parametrize(("ranks", "global_examples"), [(8, 256), (512, 32 * 1024)])
 def test_a_million_examples_are_planned_in_seconds(ranks, global_examples) -> None:
-    """A tenth of the ten million that are promised in 30 s and 1 GiB. Processor time: tests run side by side."""
+    """A tenth of the ten million that are promised in 30 s and 1 GiB."""
     arrays = counts(1_000_000)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     started = time.process_time()

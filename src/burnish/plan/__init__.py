@@ -1,5 +1,6 @@
 """Pure arithmetic about a run before it runs: schedule, windows' counts, memory, time. No torch."""
 
+from burnish.plan.build import Plan, fit_micro_tokens, make_plan, suggest
 from burnish.plan.counts import (
     DEFAULT_GLOBAL_EXAMPLES,
     DEFAULT_MICRO_TOKENS,
@@ -7,11 +8,33 @@ from burnish.plan.counts import (
     MicroBudget,
     WindowCounts,
 )
+from burnish.plan.describe import bytes_text, seconds_text
+from burnish.plan.effort import DEVICES, Device, find_device, train_flops
+from burnish.plan.memory import Memory, MemoryParts, estimate_memory, trainable_params
+from burnish.plan.schedule import learning_rate, num_warmup_steps
+from burnish.plan.shapes import ModelShape
 
 __all__ = [
     "DEFAULT_GLOBAL_EXAMPLES",
     "DEFAULT_MICRO_TOKENS",
+    "DEVICES",
     "CostModel",
+    "Device",
+    "Memory",
+    "MemoryParts",
     "MicroBudget",
+    "ModelShape",
+    "Plan",
     "WindowCounts",
+    "bytes_text",
+    "estimate_memory",
+    "find_device",
+    "fit_micro_tokens",
+    "learning_rate",
+    "make_plan",
+    "num_warmup_steps",
+    "seconds_text",
+    "suggest",
+    "train_flops",
+    "trainable_params",
 ]
