@@ -1,8 +1,11 @@
 """A plan's counts are the run's: compared with every window cut for real. And planning is fast."""
 
 import resource
+import subprocess
+import sys
 import time
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -103,3 +106,22 @@ def test_512_ranks_take_every_example_once_in_equal_micro_batches() -> None:
                 seen[cut] += 1
                 assert arrays.num_tokens[cut].sum() <= 4096
     assert (seen == 1).all()
+
+
+@pytest.mark.slow
+def test_ten_million_examples_in_thirty_seconds_and_a_gibibyte() -> None:
+    """In a process of its own, for its peak; the arrays that describe the examples are counted too."""
+    code = f"""
+import sys, time; sys.path.insert(0, {str(Path(__file__).parent)!r})
+from test_count import *
+arrays = counts(10_000_000)
+base = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+started = time.perf_counter()
+data, batch = DataConfig(train=["a", "b"]), BatchConfig(global_examples=256)
+plan = plan_windows(arrays, data, batch, TrainConfig(), 8, True)
+planned = count_windows(plan, arrays)
+assert time.perf_counter() - started < 30
+assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss < 2**20
+assert planned.num_examples == 10_000_000 and planned.least_micro_batches_share > 0.99
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
