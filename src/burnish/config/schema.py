@@ -205,6 +205,8 @@ class LaunchConfig(_Section):
 
     num_processes: PositiveInt | Auto = "auto"
     """auto: one per GPU, one on a machine without."""
+    hang_timeout_seconds: Annotated[float, Field(gt=0)] | None = 600.0
+    """End the run (exit code 75, stacks saved) when a rank makes no progress for so long; null never."""
 
 
 class CheckpointConfig(_Section):

@@ -19,12 +19,14 @@ from burnish.data.collate import collate
 from burnish.data.store import ExampleStore
 from burnish.data.windows import WindowPlan
 from burnish.engine.base import Engine
+from burnish.engine.watched import WatchedEngine
 from burnish.errors import InterruptedRunError, Problem, TrainingStoppedError
 from burnish.plan import learning_rate
 from burnish.records import EvalStats, StepStats, TrainState, Window
 from burnish.runtime import Ranks, barrier, log, peak_memory_bytes, seed_everything, sum_over_ranks
 from burnish.train.evaluate import Cuts, evaluate
 from burnish.train.signals import StopRequest
+from burnish.watchdog import Watchdog
 
 
 class Recorder(Protocol):
@@ -87,10 +89,12 @@ def train(job: TrainJob) -> TrainState:
             finite; a checkpoint from before the first of them was saved.
         CheckpointError: The checkpoint to resume from is damaged or belongs to another run.
     """
-    resumed_from = find_checkpoint(job.run_dir, job.config.checkpoint.resume, job.ranks)
-    state = _start_state(job, resumed_from)
-    keeper = _Keeper(job, state, resumed_from)
-    with StopRequest() as stop:
+    timeout_seconds = job.config.launch.hang_timeout_seconds
+    with StopRequest() as stop, Watchdog(job.run_dir, job.ranks, timeout_seconds) as watchdog:
+        job = replace(job, engine=WatchedEngine(job.engine, watchdog))
+        resumed_from = find_checkpoint(job.run_dir, job.config.checkpoint.resume, job.ranks)
+        state = _start_state(job, resumed_from)
+        keeper = _Keeper(job, state, resumed_from)
         if resumed_from is None:
             state = _evaluate_and_track(job, state)
         while state.step < job.windows.num_steps:

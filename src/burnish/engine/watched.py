@@ -1,0 +1,71 @@
+"""An engine that tells the watchdog of everything it does."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import final
+
+import torch
+from jaxtyping import Float
+
+from burnish.engine.base import Engine, StepResult
+from burnish.records import MicroBatch
+from burnish.watchdog import Watchdog
+
+
+@final
+class WatchedEngine(Engine):
+    """Hands every call on to `engine`, with a beat before it and one after the long ones.
+
+    Micro-batches are what all ranks do in step, in training and in evaluation, so a beat for each
+    tells a slow step from one that hangs.
+    """
+
+    def __init__(self, engine: Engine, watchdog: Watchdog) -> None:
+        self._engine = engine
+        self._beat = watchdog.beat
+        self._num_steps = 0
+
+    @property
+    def device(self) -> torch.device:
+        """Where this rank computes."""
+        return self._engine.device
+
+    def forward_backward(self, micro_batch: MicroBatch, total_weight: float) -> Float[torch.Tensor, ""]:
+        """See `Engine.forward_backward`."""
+        self._beat(f"a micro-batch, {self._num_steps} steps after the start")
+        return self._engine.forward_backward(micro_batch, total_weight)
+
+    def step(self, lr: float) -> StepResult:
+        """See `Engine.step`."""
+        self._beat(f"the update, {self._num_steps} steps after the start")
+        result = self._engine.step(lr)
+        self._num_steps += 1
+        self._beat(f"after the update, {self._num_steps} steps after the start")
+        return result
+
+    def evaluate(self, micro_batch: MicroBatch) -> Float[torch.Tensor, " documents"]:
+        """See `Engine.evaluate`."""
+        self._beat(f"evaluation, {self._num_steps} steps after the start")
+        return self._engine.evaluate(micro_batch)
+
+    def save_state(self, folder: Path) -> Sequence[Path]:
+        """See `Engine.save_state`."""
+        self._beat(f"saving to {folder}")
+        files = self._engine.save_state(folder)
+        self._beat(f"committing {folder}")
+        return files
+
+    def load_state(self, folder: Path) -> None:
+        """See `Engine.load_state`."""
+        self._beat(f"loading {folder}")
+        self._engine.load_state(folder)
+        self._beat(f"after loading {folder}")
+
+    def export_state(self) -> dict[str, torch.Tensor] | None:
+        """See `Engine.export_state`."""
+        self._beat("gathering weights for export")
+        weights = self._engine.export_state()
+        self._beat("after gathering weights for export")
+        return weights
