@@ -20,6 +20,7 @@ trained on is what a user of the tokenizer gets.
 from __future__ import annotations
 
 import datetime
+import itertools
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -320,9 +321,8 @@ class TrackedTemplate:
         marks = [ord(c) - tracker.first_mark for c in parts[1::2]]
         if not self._captures and marks != list(range(len(tracker.events))):
             return None
-        if any(b <= a for a, b in zip(marks, marks[1:], strict=False)) or any(
-            m >= len(tracker.events) for m in marks
-        ):
+        rising = all(a < b for a, b in itertools.pairwise(marks))
+        if not rising or any(m >= len(tracker.events) for m in marks[-1:]):
             return None
         return _assemble(parts[0::2], [tracker.events[m] for m in marks])
 

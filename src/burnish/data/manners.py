@@ -1,8 +1,9 @@
 """What shapes of message a template takes, found by asking it, and messages put into those shapes.
 
 Templates disagree: content as text or as a list of parts, tool arguments as an object or as JSON text,
-no content beside tool calls as None or as "". Each question is asked once, with a made-up conversation;
-a message goes through as it is wherever the template shows it that way.
+no content beside tool calls as no key at all (what transformers makes of None), as None, or as "". Each
+question is asked once, with a made-up conversation; a message goes through as it is wherever the
+template shows it that way.
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ def plain_message(message: Message) -> dict[str, Any]:
     """A message as templates read it, reasoning under every name that they know."""
     if not message.extra:
         return {"role": message.role, "content": message.content}
-    given = {"role": message.role, "content": message.content, **message.extra}
+    extra = {name: value for name, value in message.extra.items() if value is not None}
+    given = {"role": message.role, "content": message.content, **extra}
     for name in _REASONING_NAMES:
         if given.get(name) is not None:
             return {"thinking": given[name], **given, "reasoning_content": given[name]}
@@ -41,7 +43,7 @@ class Manners:
 
     def __init__(self, render: Render) -> None:
         self._render = render
-        self._tool_shapes: dict[tuple[str, bool], tuple[bool, bool] | None] = {}
+        self._tool_shapes: dict[tuple[str, bool], tuple[str, bool] | None] = {}
 
     def adapt(self, messages: Sequence[Message]) -> tuple[list[dict[str, Any]], tuple[str, ...]]:
         """Messages for the template, and warnings about what it will not show."""
@@ -89,34 +91,38 @@ class Manners:
         shape = self._tool_shapes[key]
         if shape is None:
             return ("the template does not show tool calls",)
-        no_content, as_json = shape
-        if kind != "text":
-            message["content"] = None if no_content else ""
+        form, as_json = shape
+        if form == "missing":
+            del message["content"]
+        elif form != "text":
+            message["content"] = None if form == "none" else ""
         message["tool_calls"] = [_with_arguments(call, as_json) for call in calls]
         return ()
 
-    def _find_tool_shape(self, kind: str, as_json: bool) -> tuple[bool, bool] | None:
-        """(content is None, arguments are JSON text) that the template shows, as given if it can."""
-        contents = {"none": (None, ""), "empty": ("", None), "text": ("Aqx",)}[kind]
-        for content in contents:
-            for form in (as_json, not as_json):
-                if self._shows_call(content, form):
-                    return content is None, form
+    def _find_tool_shape(self, kind: str, as_json: bool) -> tuple[str, bool] | None:
+        """(form of the content, arguments are JSON text) that the template shows, as given if it can."""
+        kinds = {"none": ("missing", "none", "empty"), "empty": ("empty", "missing", "none")}
+        for form in kinds.get(kind, (kind,)):
+            for json_form in (as_json, not as_json):
+                if self._shows_call(form, json_form):
+                    return form, json_form
         return None
 
-    def _shows_call(self, content: str | None, as_json: bool) -> bool:
+    def _shows_call(self, form: str, as_json: bool) -> bool:
         values = {"kqx": "vqx"}
         function = {"name": "fqx", "arguments": json.dumps(values) if as_json else values}
         call = {"id": "call00000", "type": "function", "function": function}
         ask = {"role": "user", "content": "uqx"}
-        answer = {"role": "assistant", "content": content, "tool_calls": [call]}
+        answer: dict[str, Any] = {"role": "assistant", "tool_calls": [call]}
+        if form != "missing":
+            answer["content"] = {"none": None, "empty": "", "text": "Aqx"}[form]
         result = {"role": "tool", "content": "rqx", "name": "fqx", "tool_call_id": "call00000"}
         try:
             text = self._render([ask, answer, result])
         except TEMPLATE_FAILURES:
             return False
         shown = "vqx" in text and "fqx" in text and '\\"kqx' not in text and "'kqx'" not in text
-        return shown and not (content is None and "None" in text)
+        return shown and "None" not in text
 
 
 def _only_text(parts: Sequence[Any]) -> bool:

@@ -81,7 +81,7 @@ class Encoder:
             same for all rows and all worker processes.
 
     Raises:
-        DataError: The template is not Jinja.
+        DataError: The template is not Jinja, or the tokenizer not a fast one.
     """
 
     def __init__(
@@ -94,7 +94,11 @@ class Encoder:
         self.today = today or _today()
         self._parts = (tokenizer, template, data, self.today)
         self._data = data
-        backend: Tokenizer = tokenizer.backend_tokenizer  # pyright: ignore[reportAttributeAccessIssue]
+        backend = tokenizer.backend_tokenizer
+        if not isinstance(backend, Tokenizer):
+            raise DataError(
+                Problem("model.tokenizer", "not a fast tokenizer, so tokens cannot be traced to characters")
+            )
         self._backend = _without_post_processor(backend)
         self._control = ControlTokens(self._backend)
         self._bos, self._eos = _special_tokens_around(tokenizer)
@@ -163,7 +167,8 @@ class Encoder:
     def _text_job(self, index: int, conversation: Conversation) -> _Job:
         text = conversation.text or ""
         _check_unicode(text)
-        num_typed = self._num_typed_in(text, conversation)
+        num_typed = self._control.count(text)
+        self._refuse_typed(num_typed)
         aliased = None
         if num_typed and self._data.control_tokens == "escape":
             text = self._control.hide(text)
@@ -184,11 +189,6 @@ class Encoder:
             typed += count(conversation.tools)
         if conversation.template_kwargs:
             typed += count(conversation.template_kwargs)
-        self._refuse_typed(typed)
-        return typed
-
-    def _num_typed_in(self, text: str, conversation: Conversation) -> int:
-        typed = self._control.count(text)
         self._refuse_typed(typed)
         return typed
 
@@ -257,10 +257,10 @@ class Encoder:
         ):
             what = "the tokenizer makes a control token of ordinary letters, so they cannot be escaped"
             return [Encoded(job.index, None, RowProblem("control_tokens", what))]
-        return [
-            replace(encoded, warnings=job.warnings, num_control_tokens_typed=job.num_typed)
-            for encoded in self._fit(job.index, job.conversation, ids, weights)
-        ]
+        first, *others = self._fit(job.index, job.conversation, ids, weights)
+        # Typed control tokens are counted once, with the first part of a conversation that was split.
+        first = replace(first, num_control_tokens_typed=job.num_typed)
+        return [replace(encoded, warnings=job.warnings) for encoded in (first, *others)]
 
     def _fit(
         self,
@@ -292,14 +292,40 @@ class Encoder:
         ids: Int32[np.ndarray, " tokens"],
         weights: Float32[np.ndarray, " tokens"],
     ) -> list[Encoded]:
+        """Parts that fit, or that are one exchange and cannot be split further.
+
+        Messages are split before a user's turn, every part gets the system turn again, and each is a
+        conversation of its own: rendered, proved and tokenised as one. Text and tokens are cut every
+        `max_tokens` tokens.
+        """
         limit = self._data.max_tokens
         if conversation.messages is None:
-            return [
-                _example(index, conversation, ids[a : a + limit], weights[a : a + limit])
-                for a in range(0, len(ids), limit)
-                if _num_supervised(weights[a : a + limit])
-            ]
-        return []
+            pieces = [(ids[a : a + limit], weights[a : a + limit]) for a in range(0, len(ids), limit)]
+            useful = [piece for piece in pieces if _num_supervised(piece[1])]
+            lost = len(ids) - sum(len(piece[0]) for piece in useful)
+            parts = [_example(index, conversation, *piece) for piece in useful]
+            return [replace(parts[0], num_tokens_cut=lost), *parts[1:]] if parts else []
+        halves = _halves(conversation, self._data.train_on)
+        if halves is None:
+            return []
+        # Each half is encoded like any conversation, and splits itself again where it must.
+        return [replace(part, index=index) for part in self.encode(halves)]
+
+
+def _halves(conversation: Conversation, train_on: str) -> tuple[Conversation, Conversation] | None:
+    """The conversation cut before the user's turn that is nearest to its middle; None if it has only one
+    exchange. The system turns in front go with both halves."""
+    messages = list(conversation.messages or ())
+    num_lead = next((i for i, m in enumerate(messages) if m.role not in ("system", "developer")), 0)
+    cuts = [i for i, m in enumerate(messages) if m.role == "user" and i > num_lead]
+    if not cuts or train_on == "last_assistant":
+        return None
+    sizes = np.cumsum([len(str(m.content)) + len(str(dict(m.extra))) for m in messages])
+    cut = min(cuts, key=lambda i: abs(int(sizes[i - 1]) * 2 - int(sizes[-1])))
+    lead = messages[:num_lead]
+    return replace(conversation, messages=messages[:cut]), replace(
+        conversation, messages=lead + messages[cut:]
+    )
 
 
 def _example(
@@ -332,7 +358,7 @@ def _truncated(
         what = f"the first token to learn comes after {limit} tokens (data.max_tokens)"
         return Encoded(index, None, RowProblem("prompt_too_long", what), (), len(ids), supervised)
     end = int(kept[-1]) + 2
-    cut = _example(
+    return _example(
         index,
         conversation,
         ids[:end],
@@ -340,7 +366,6 @@ def _truncated(
         len(ids) - end,
         supervised - _num_supervised(weights[:end]),
     )
-    return cut
 
 
 def _num_supervised(weights: Float32[np.ndarray, " tokens"]) -> int:

@@ -19,7 +19,7 @@ import datetime
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from os.path import commonprefix
+from functools import cached_property
 from typing import Any
 
 from burnish.data.jinja import (
@@ -66,7 +66,7 @@ class _Header:
     bare: str
     """What all answers begin with; shorter than `prompt` where that opens the reasoning."""
     tail: str
-    """What all answers end with, without white space around it."""
+    """What all answers end with, without white space around it; empty where nothing ends them."""
 
 
 class ChatRenderer:
@@ -158,30 +158,41 @@ class ChatRenderer:
                 raise _unproved("no generation prompt stands in front of an answer", rendering.text, start)
             header = ""
         runs[0] = (start + len(header), first_end)
-        runs[-1] = (runs[-1][0], self._end_of_turn(rendering, *runs[-1], learned.tail if learned else ""))
+        runs[-1] = (runs[-1][0], self._end_of_turn(rendering, *runs[-1], learned))
         return [Span(a, b, i) for a, b in runs if a < b]
 
-    def _end_of_turn(self, rendering: Rendering, start: int, end: int, tail: str) -> int:
-        """Where the end of turn ends: the last control token of the text, or `tail` if the
-        template ends its turns by words that are no control token of this tokenizer.
+    def _end_of_turn(self, rendering: Rendering, start: int, end: int, learned: _Header | None) -> int:
+        """Where the end of turn ends, within or right behind the characters [start, end).
 
-        A template that writes none (GLM's) ends a turn by the next one's first control token, which
-        is then what the model has to write; where nothing follows, nothing is invented.
+        It is the last control token of the text, or the words that end every turn of a template made
+        without control tokens. A template that ends its turns by nothing (GLM's) leaves it to the next
+        turn's first control token, which is then what the model has to write to stop; where nothing
+        follows, nothing is invented.
         """
         text = rendering.text
+        if learned is not None and not learned.tail:
+            follows = [token for token in self._control if text.startswith(token, end) and token != self._bos]
+            return end + max((len(token) for token in follows), default=0)
         stop = end
         while True:
             stop = start + len(text[start:stop].rstrip())
-            if self._bos and self._bos != self._eos and text.endswith(self._bos, start, stop):
-                stop -= len(self._bos)
-            else:
+            foreign = [token for token in self._not_ours if text.endswith(token, start, stop)]
+            if not foreign:
                 break
-        if self._control and text.endswith(self._control, start, stop):
-            return stop
-        if tail and text.endswith(tail, start, stop):
-            return stop
-        follows = [token for token in self._control if text.startswith(token, end) and token != self._bos]
-        return end + max((len(token) for token in follows), default=0)
+            stop -= len(foreign[0])
+        ends = (*self._control, learned.tail) if learned is not None else self._control
+        return stop if ends and text.endswith(ends, start, stop) else end
+
+    @cached_property
+    def _not_ours(self) -> tuple[str, ...]:
+        """Control tokens that may stand behind an answer without being its end: the BOS of what comes
+        next, and what opens a tool's result (Gemma 4 writes it although no result follows)."""
+        bos = (self._bos,) if self._bos and self._bos != self._eos else ()
+        asked = self._try(_LEADS["tool"], None, {})
+        run = None if asked is None else _first_run(asked, len(_LEADS["tool"]) - 1)
+        if asked is None or run is None:
+            return bos
+        return bos + tuple(token for token in self._control if asked.text.startswith(token, run[0]))[:1]
 
     def _closing_eos(self, rendering: Rendering, messages: Sequence[Message]) -> list[Span]:
         """An EOS that the template writes behind the whole conversation (Phi-3's) is learned too."""
@@ -226,10 +237,12 @@ class ChatRenderer:
                 prompt = self._prompt(lead, full.text[: run[0]], tools, arguments)
         if prompt is None or len(openings) < 2:
             return None
-        tail = commonprefix([opening[::-1] for opening in openings[:2]])[::-1].strip()
+        # The first three answer with words, the first in others than the next two.
+        tails = [_common_start([openings[0][::-1], other[::-1]])[::-1].strip() for other in openings[1:3]]
+        tail = max(tails, key=len)
         if prompt:
-            return _Header(prompt, commonprefix([prompt, *openings]), tail)
-        bare = commonprefix(openings)
+            return _Header(prompt, _common_start([prompt, *openings]), tail)
+        bare = _common_start(openings)
         # White space alone is no header: the model of an "[/INST]" template writes it.
         bare = bare if bare.strip() and self._ignores_prompt(lead, tools, arguments) else ""
         return _Header("", bare, tail)
@@ -275,6 +288,15 @@ class ChatRenderer:
             return None
 
 
+def _common_start(texts: Sequence[str]) -> str:
+    """The longest text that all of them start with."""
+    low, high = min(texts), max(texts)
+    same = 0
+    while same < min(len(low), len(high)) and low[same] == high[same]:
+        same += 1
+    return low[:same]
+
+
 def _first_run(rendering: Rendering, message: int) -> tuple[int, int] | None:
     for start, end, owner in rendering.pieces:
         if owner == message:
@@ -290,7 +312,7 @@ def _header_of(text: str, learned: _Header) -> str | None:
     if learned.bare and text.startswith(learned.bare):
         return learned.bare
     # A turn that goes on after a tool's result has no header: not one letter of it is there.
-    return "" if not commonprefix([text, learned.prompt]) else None
+    return "" if not _common_start([text, learned.prompt]) else None
 
 
 def _within(spans: Sequence[Span], marked: Sequence[tuple[int, int]]) -> list[Span]:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from burnish.config.schema import DataConfig, ModelConfig
+from burnish.data.sandbox import probe_template
 from burnish.errors import DataError, Problem
 
 if TYPE_CHECKING:
@@ -39,7 +40,7 @@ def load_tokenizer(model: ModelConfig, data: DataConfig) -> tuple[PreTrainedToke
 
     Raises:
         DataError: The tokenizer cannot be loaded, has no fast (Rust) form, or the template is neither
-            a file nor a built-in name.
+            a file nor a built-in name, or does not keep within `sandbox.py`'s limits.
     """
     from transformers import AutoTokenizer
 
@@ -65,7 +66,10 @@ def load_tokenizer(model: ModelConfig, data: DataConfig) -> tuple[PreTrainedToke
                 "Save it with a tokenizer.json, or set model.tokenizer to one that has it.",
             )
         )
-    return tokenizer, _find_template(tokenizer, data.chat_template)
+    template = _find_template(tokenizer, data.chat_template)
+    if template is not None and template not in builtin_templates().values():
+        probe_template(template)
+    return tokenizer, template
 
 
 def _find_template(tokenizer: PreTrainedTokenizerBase, name: str | None) -> str | None:
