@@ -76,24 +76,9 @@ def write_stream(path: Path) -> None:
 
 
 NAMES = [
-    "a.jsonl",
-    "a.ndjson",
-    "a.jsonl.gz",
-    "a.jsonl.bz2",
-    "a.jsonl.xz",
-    "a.jsonl.zst",
-    "a.json",
-    "pretty.json",
-    "lines.json",
-    "wrapped.json",
-    "pretty_wrapped.json",
-    "a.json.gz",
-    "a.csv",
-    "semicolon.csv",
-    "a.tsv",
-    "a.parquet",
-    "a.feather",
-    "a.arrow",
+    *("a.jsonl", "a.ndjson", "a.jsonl.gz", "a.jsonl.bz2", "a.jsonl.xz", "a.jsonl.zst"),
+    *("a.json", "pretty.json", "lines.json", "wrapped.json", "pretty_wrapped.json", "a.json.gz"),
+    *("a.csv", "semicolon.csv", "a.tsv", "a.parquet", "a.feather", "a.arrow"),
 ]
 
 

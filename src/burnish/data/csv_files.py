@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import csv
-import io
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from burnish.data.problems import RowProblem, shorten
-from burnish.data.rows import BROKEN, Row, decode_utf8, open_bytes
+from burnish.data.rows import BROKEN, Row, decode_utf8, lenient_text, open_bytes
 
 MAX_CELL_BYTES = 1 << 30
 """Largest cell; Python's default of 128 KiB refuses long texts."""
@@ -19,7 +18,7 @@ def read_csv(path: Path, source: str, delimiter: str) -> Iterator[Row]:
     """Comma or tab separated cells under a header line; a quoted cell may span lines."""
     csv.field_size_limit(MAX_CELL_BYTES)  # the module has no setting per reader
     with open_bytes(path) as stream:
-        text = io.TextIOWrapper(stream, encoding="utf-8", errors="surrogateescape", newline="")
+        text = lenient_text(stream)
         try:
             header_line = text.readline()
         except BROKEN as error:

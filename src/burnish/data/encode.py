@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, final
+from typing import Any, final
 
 import pyarrow as pa
 import xxhash
+from tokenizers import Tokenizer
 
 from burnish.data.format import RowFormat, to_conversation
-from burnish.data.mask import Encoded
+from burnish.data.mask import Encoded, Encoder
 from burnish.data.messages import ROLES
 from burnish.data.problems import Policy, RowProblem
 from burnish.data.rows import Row
@@ -20,22 +21,6 @@ from burnish.records import Conversation, Example
 
 ANSWER_COLUMNS = ("completion", "output", "text")
 """Our names of columns whose text is trained on."""
-
-
-class EncodesConversations(Protocol):
-    """What `mask.Encoder` does."""
-
-    def encode(self, conversations: Sequence[Conversation]) -> list[Encoded]:
-        """See `mask.Encoder.encode`."""
-        ...
-
-
-class CountsTokens(Protocol):
-    """What a fast tokenizer's backend does."""
-
-    def encode(self, sequence: str, *, add_special_tokens: bool = ...) -> Any:
-        """An object with `ids`."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -82,8 +67,8 @@ class BatchEncoder:
 
     def __init__(
         self,
-        encoder: EncodesConversations,
-        backend: CountsTokens,
+        encoder: Encoder,
+        backend: Tokenizer,
         fmt: RowFormat,
         policies: Mapping[str, Policy],
     ) -> None:

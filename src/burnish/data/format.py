@@ -316,7 +316,7 @@ def _numbers(value: Any, name: str) -> list[Any]:
     return value
 
 
-def _token_weights(name: str, values: Sequence[float], ids: Sequence[int]) -> list[float]:
+def _token_weights(name: str, values: Sequence[int | float], ids: Sequence[int]) -> list[float]:
     if name == "labels":
         for index, (label, token) in enumerate(zip(values, ids, strict=True)):
             if label not in (IGNORED_LABEL, token):

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from burnish.data.problems import RowProblem, shorten
-from burnish.data.rows import BROKEN, Row, decode_utf8, object_row, open_bytes
+from burnish.data.rows import BROKEN, Row, decode_utf8, lenient_text, object_row, open_bytes
 from burnish.errors import DataError, Problem
 
 MAX_WRAPPED_JSON_BYTES = 1 << 30
@@ -147,7 +147,7 @@ class JsonArray:
     def rows(self) -> Iterator[Row]:
         """Every item, with the line on which it starts."""
         with open_bytes(self._path) as stream:
-            text = io.TextIOWrapper(stream, encoding="utf-8", errors="surrogateescape", newline="")  # pyright: ignore[reportArgumentType]
+            text = lenient_text(stream)
             try:
                 yield from self._items(text)
             except (*BROKEN, ValueError, RecursionError) as error:

@@ -76,3 +76,9 @@ def decode_utf8(raw: bytes) -> tuple[str, RowProblem | None]:
         around = raw[max(0, error.start - 10) : error.start + 10]
         found = f"byte {error.start} is not UTF-8, near {shorten(around)}"
         return raw.decode("utf-8", errors="replace"), RowProblem("invalid_utf8", found)
+
+
+def lenient_text(stream: io.BufferedIOBase) -> io.TextIOWrapper:
+    """The stream as text; bytes that are no UTF-8 come out as lone surrogates, to be found later."""
+    raw: Any = stream  # typeshed asks for a name, which only error messages use
+    return io.TextIOWrapper(raw, encoding="utf-8", errors="surrogateescape", newline="")
