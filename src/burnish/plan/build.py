@@ -229,3 +229,28 @@ def fit_micro_tokens(
             break
         tokens, bigger = bigger, bigger * 2
     return tokens
+
+
+def resolve_auto(config: Config, shape: ModelShape, world_size: int, memory_bytes: int | None) -> Config:
+    """The config with what is left to the memory plan filled in; a pure function of its arguments.
+
+    `activation_checkpointing: auto` becomes none where a run fits without it, else full. Then
+    `micro_tokens: auto` becomes a number, where the device's memory is known.
+
+    Args:
+        config: As the user gave it.
+        shape: The model.
+        world_size: All ranks.
+        memory_bytes: Of each rank's device; None on a CPU, where nothing is recomputed.
+    """
+    if config.model.activation_checkpointing == "auto":
+        tokens = max(config.data.max_tokens, DEFAULT_MICRO_TOKENS)
+        trial = _apply(config, {"model.activation_checkpointing": "none"})
+        needed = estimate_memory(trial, shape, world_size, tokens).device.total
+        fits = memory_bytes is None or needed <= memory_bytes * _USABLE_MEMORY
+        config = trial if fits else _apply(config, {"model.activation_checkpointing": "full"})
+    by_tokens = config.batch.micro_tokens == "auto" and config.batch.micro_examples is None
+    if memory_bytes is not None and by_tokens:
+        tokens = fit_micro_tokens(config, shape, world_size, memory_bytes)
+        config = _apply(config, {"batch.micro_tokens": tokens})
+    return config

@@ -72,7 +72,8 @@ def train_seconds(
 
 def checkpoint_bytes(config: Config, shape: ModelShape, world_size: int) -> int:
     """One checkpoint: weights, masters and both moments of what is trained."""
-    masters = uses_deepspeed(config, world_size) and config.model.dtype != "fp32"
+    sharded = uses_deepspeed(config, world_size) and config.engine.zero_stage > 0
+    masters = sharded and config.model.dtype != "fp32"
     return trainable_params(config, shape) * (14 if masters else 12)
 
 

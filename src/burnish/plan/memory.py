@@ -134,15 +134,15 @@ def _read(config: Config, shape: ModelShape, world_size: int) -> _Setup:
 def _states(setup: _Setup) -> tuple[int, int, int]:
     """Weights, gradients, optimizer, as ZeRO shards them (Rajbhandari et al., 2020, figure 1).
 
-    The local engine keeps fp32 masters and casts in the forward; DeepSpeed keeps weights and gradients in
-    the compute dtype and the masters beside Adam's moments.
+    Without ZeRO the model's weights are the fp32 masters, cast in the forward; ZeRO keeps weights and
+    gradients in the compute dtype and the masters beside Adam's moments.
     """
 
     def shard(num: int | float, from_stage: int) -> int:
         return int(num / setup.ranks) if setup.stage >= from_stage else int(num)
 
-    kept = setup.compute_bytes if setup.deepspeed else 4
-    masters = 4 if setup.deepspeed and setup.compute_bytes == 2 else 0
+    kept = setup.compute_bytes if setup.stage else 4
+    masters = 4 if setup.stage and setup.compute_bytes == 2 else 0
     frozen = (setup.frozen - setup.quantized) * setup.compute_bytes + setup.quantized * _NF4_BYTES
     return (
         shard(setup.trainable * kept + frozen, 3),
@@ -167,7 +167,7 @@ def _layer_bytes_per_token(setup: _Setup, shape: ModelShape) -> int:
 
 def _activations(config: Config, setup: _Setup, shape: ModelShape, rows: int) -> int:
     layer = _layer_bytes_per_token(setup, shape)
-    kept_stream = (2 if setup.deepspeed and setup.compute_bytes == 2 else 4) * shape.hidden_size
+    kept_stream = (2 if setup.stage and setup.compute_bytes == 2 else 4) * shape.hidden_size
     kind = config.model.activation_checkpointing
     if kind == "full":  # the input of every layer, and one layer in full while it is computed again
         return int(rows * (shape.num_layers * kept_stream + layer))
@@ -186,11 +186,12 @@ def _head(config: Config, setup: _Setup, shape: ModelShape, rows: int, supervise
 
 
 def _buffers(setup: _Setup, shape: ModelShape) -> int:
-    if not setup.deepspeed:
+    if not setup.stage:
         # Autocast keeps a cast copy of every weight from the forward to the end of the backward.
         return setup.trainable * 2 if setup.compute_bytes == 2 else 0
     bucket = min(_BUCKET_ELEMENTS, setup.trainable) * setup.compute_bytes
-    step = 4 * setup.trainable // setup.ranks if setup.stage and setup.compute_bytes == 2 else 0
+    # ZeRO casts a rank's share of the gradients to fp32 for the step.
+    step = 4 * setup.trainable // setup.ranks if setup.compute_bytes == 2 else 0
     gathered = 0
     if setup.stage == 3:  # two layers at a time, and the embedding or the head
         layer = shape.layer_params // max(1, shape.num_layers)
