@@ -49,7 +49,7 @@ def window_counts(**changes) -> WindowCounts:
         "micro_batches_min": 1, "micro_batches_max": 1, "least_micro_batches_share": 1.0,
         "max_window_tokens": 25_000, "max_example_tokens": 2_000, "max_micro_tokens": 4096,
         "sum_squared_tokens": 4e8, "imbalance_mean": 0.002, "imbalance_max": 0.01, "imbalance_windows": 100,
-        "examples_per_source": {"d": 12_800}, "packed": True, "world_size": 8, "max_steps_reached": False,
+        "examples_per_source": {"d": 12_800}, "packed": True, "world_size": 8,
     }  # fmt: skip
     return WindowCounts(**(values | changes))
 

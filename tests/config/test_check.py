@@ -34,7 +34,6 @@ def folder(tmp_path, monkeypatch):
         ("--engine.sequence_parallel 2", "engine.sequence_parallel", "not built"),
         ("--batch.global_examples 8 --batch.global_tokens 9999", "batch.global_tokens", "together"),
         ("--batch.micro_tokens 8192 --batch.micro_examples 2", "batch.micro_examples", "together"),
-        ("--batch.micro_tokens 512", "batch.micro_tokens", "4096"),
         ("--data.max_tokens 1", "data.max_tokens", "nothing"),
         ("--data.eval rows.jsonl --data.eval_fraction 0.1", "data.eval_fraction", "together"),
         ("--eval.every_steps 5", "eval.every_steps", "no data"),

@@ -118,17 +118,13 @@ def _check_data(config: Config) -> Iterator[Problem]:
 
 
 def _check_batch(config: Config) -> Iterator[Problem]:
-    batch, max_tokens = config.batch, config.data.max_tokens
+    batch = config.batch
     if batch.global_examples is not None and batch.global_tokens is not None:
         cure = "Keep one: a step counts examples or tokens."
         yield Problem("batch.global_tokens", "is set together with batch.global_examples", cure)
     if batch.micro_examples is not None and batch.micro_tokens != "auto":
         cure = "Keep one: a forward is cut by tokens or by examples."
         yield Problem("batch.micro_examples", "is set together with batch.micro_tokens", cure)
-    if isinstance(batch.micro_tokens, int) and batch.micro_tokens < max_tokens:
-        what = f"is {batch.micro_tokens}, less than data.max_tokens ({max_tokens})"
-        cure = f"The longest example must fit: raise it to {max_tokens}, or lower data.max_tokens."
-        yield Problem("batch.micro_tokens", what, cure)
 
 
 def _check_engine(config: Config) -> Iterator[Problem]:

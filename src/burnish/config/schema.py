@@ -171,7 +171,7 @@ class TrainConfig(_Section):
     epochs: Annotated[float, Field(gt=0)] = 1
     """Passes over the data; a fraction is allowed."""
     max_steps: PositiveInt | None = None
-    """Stop after this many optimizer steps; the schedule is planned for them."""
+    """Train for exactly this many optimizer steps, whatever epochs says; the schedule is planned for them."""
     seed: Annotated[int, Field(ge=0)] = 42
     """Of the order of the examples, fresh weights and dropout."""
     max_skipped_steps: PositiveInt = 3

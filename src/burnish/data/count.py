@@ -81,7 +81,6 @@ def count_windows(plan: WindowPlan, counts: ExampleCounts) -> WindowCounts:
         examples_per_source=dict(zip(counts.source_names, per_source.tolist(), strict=True)),
         packed=plan.packed,
         world_size=plan.world_size,
-        max_steps_reached=plan.max_steps_reached,
     )
 
 

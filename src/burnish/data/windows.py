@@ -117,7 +117,6 @@ class WindowPlan:
         """Of each epoch: steps before it."""
         planned = int(steps[-1])
         self.num_steps = min(planned, train.max_steps or planned)
-        self.max_steps_reached = self.num_steps < planned
         self.steps_per_epoch = len(self._starts[0]) - 1
 
     def window(self, step: int) -> Window:
@@ -186,22 +185,22 @@ class WindowPlan:
     def _plan_epochs(self, train: TrainConfig) -> list[Int64[np.ndarray, " windows_plus_1"]]:
         """Cut every epoch into windows; the last epoch may be a fraction, and its last window smaller.
 
-        Epochs that `max_steps` leaves no step for are not looked at, save one to know of it.
+        With `max_steps`, whole epochs follow each other until there are enough windows.
         """
         num = self.num_examples_per_epoch
         # Rounded, so that 1.1 epochs of 10 examples are 11 and not 12.
-        left = max(1, round(train.epochs * num))
+        left = max(1, round(train.epochs * num)) if train.max_steps is None else None
         epochs: list[Int64[np.ndarray, " windows_plus_1"]] = []
         num_steps = 0
-        while left > 0 and num_steps <= (train.max_steps or num_steps):
-            take = min(left, num)
+        while left != 0 and (train.max_steps is None or num_steps < train.max_steps):
+            take = num if left is None else min(left, num)
             if self._global_tokens is None and take == num and epochs:
                 starts = epochs[0]  # every full epoch is cut alike
             else:
                 starts = self._cut_epoch(len(epochs), take)
             epochs.append(starts)
             num_steps += len(starts) - 1
-            left -= take
+            left = None if left is None else left - take
         return epochs
 
     def _cut_epoch(self, epoch: int, num: int) -> Int64[np.ndarray, " windows_plus_1"]:
@@ -249,8 +248,8 @@ def plan_windows(
     """Plan every window of a run.
 
     Windows hold `batch.global_examples` examples, or as many as `batch.global_tokens` tokens have room
-    for (at least one). They end where an epoch ends. The run ends after `train.epochs` or
-    `train.max_steps`, whichever comes first. With `data.mix: weighted` an epoch has as many examples as
+    for (at least one). They end where an epoch ends. The run ends after `train.max_steps` steps where
+    that is given, passing over the data as often as it takes, else after `train.epochs`. With `data.mix: weighted` an epoch has as many examples as
     all sources together, each source its share.
 
     Args:

@@ -47,16 +47,20 @@ class Capability:
     """The head is one matrix, and `head_shape` says right what becomes of its output."""
 
 
-def can_isolate(model: nn.Module, choice: str = "auto", max_tokens: int | None = None) -> Capability:
+def can_isolate(
+    model: nn.Module, choice: str = "auto", max_tokens: int | None = None, packing: str = "auto"
+) -> Capability:
     """Find out how a model is to be fed, and set its attention accordingly.
 
     Args:
         model: A causal language model with its weights (or ZeRO-3's shards), adapted or not.
         choice: `model.attention` of the config.
         max_tokens: Tokens of the longest document; None if that is not known.
+        packing: `data.packing` of the config.
 
     Raises:
-        ConfigError: The model's tokens see the tokens after them: it is no causal language model.
+        ConfigError: The model's tokens see the tokens after them: it is no causal language model. Or
+            packing is `on`, and the model cannot keep packed documents apart.
     """
     causal = causal_model(model)
     register_attention()
@@ -66,7 +70,13 @@ def can_isolate(model: nn.Module, choice: str = "auto", max_tokens: int | None =
         capability = Capability(False, attention, reason)
     else:
         with _quiet(subject):
-            capability = _try_out(subject, choice, max_tokens)
+            capability = _try_out(subject, choice, max_tokens, packing)
+    if packing == "on" and not capability.packed:
+        raise ConfigError(
+            Problem(
+                "data.packing", f"is on, but {capability.reason}", "Set it to auto: rows are then padded."
+            )
+        )
     causal.set_attn_implementation(capability.attention)
     return capability
 
@@ -80,10 +90,12 @@ def _subject(model: PreTrainedModel) -> PreTrainedModel | None:
     return build_surrogate(model) or (model if whole else None)
 
 
-def _try_out(model: PreTrainedModel, choice: str, max_tokens: int | None) -> Capability:
+def _try_out(model: PreTrainedModel, choice: str, max_tokens: int | None, packing: str) -> Capability:
     _require_causal(model)
     fused = verify_head(model)
     padded = _padded_attention(model, choice)
+    if packing == "off":
+        return Capability(False, padded, "data.packing is off", fused)
     if choice not in OWN:
         return Capability(False, padded, f"packing is not offered with attention: {choice}", fused)
     problem = _rope_mixes(model, max_tokens) or verify_isolation(model)

@@ -1,6 +1,6 @@
 """Pure arithmetic about a run before it runs: schedule, windows' counts, memory, time. No torch."""
 
-from burnish.plan.build import Plan, fit_micro_tokens, make_plan, suggest
+from burnish.plan.build import Plan, fit_micro_tokens, make_plan, resolve_auto, suggest
 from burnish.plan.counts import (
     DEFAULT_GLOBAL_EXAMPLES,
     DEFAULT_MICRO_TOKENS,
@@ -33,6 +33,7 @@ __all__ = [
     "learning_rate",
     "make_plan",
     "num_warmup_steps",
+    "resolve_auto",
     "seconds_text",
     "suggest",
     "train_flops",

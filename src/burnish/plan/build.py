@@ -52,7 +52,6 @@ class Plan:
             "num_tokens": counts.num_tokens,
             "num_supervised_tokens": counts.num_supervised_tokens,
             "examples_per_source": counts.examples_per_source,
-            "max_steps_reached": counts.max_steps_reached,
             "world_size": self.world_size,
             "data_parallel_size": counts.world_size,
             "packed": counts.packed,

@@ -67,5 +67,3 @@ class WindowCounts:
     packed: bool
     world_size: int
     """Data-parallel ranks that the windows were cut for."""
-    max_steps_reached: bool
-    """True where `train.max_steps` ended the run before `train.epochs` did."""

@@ -33,9 +33,8 @@ def _data_rows(plan: Plan) -> list[tuple[str, str]]:
 
 def _step_rows(plan: Plan) -> list[tuple[str, str]]:
     counts = plan.counts
-    limited = ", ended by train.max_steps" if counts.max_steps_reached else ""
     warmup = f"{plan.num_warmup_steps:,} warm-up"
-    steps = f"{counts.num_steps:,} ({counts.steps_per_epoch:,} an epoch{limited}), {warmup}"
+    steps = f"{counts.num_steps:,} ({counts.steps_per_epoch:,} an epoch), {warmup}"
     low, high = counts.micro_batches_min, counts.micro_batches_max
     each = f"{low}" if low == high else f"{low} to {high}"
     layout = "packed" if counts.packed else "padded"
