@@ -101,16 +101,15 @@ class _Tracker:
             if message is not None:
                 self.open_loops.add(loop)
                 return self.mark("enter", loop, message)
-        self.assigned.pop(loop, None)
-        return ""
+        # A loop over numbers: until it takes a message again, nobody speaks.
+        return self.leave(loop) if loop in self.assigned else ""
 
     def assign(self, loop: int, item: Any) -> str:
         """`{% set message = messages[i] %}` in a loop over something else, such as numbers."""
         message = self.index.get(id(item))
         if message is None or (loop in self.open_loops and loop not in self.assigned):
             return ""
-        before = self.assigned.setdefault(loop, message)
-        self.ambiguous |= before != message
+        self.ambiguous |= self.assigned.setdefault(loop, message) != message
         self.open_loops.add(loop)
         return self.mark("enter", loop, message)
 

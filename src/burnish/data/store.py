@@ -85,10 +85,14 @@ def index_batch(
         pieces: Of each example, which piece of its row it is, from 0.
     """
     mask = (1 << 64) - 1
+    lengths = np.array([len(e.token_ids) for e in examples], np.int64)
+    # Of the targets alone: nothing has to produce an example's first token.
+    targets = np.concatenate([np.empty(0, np.float32), *(e.weights[1:] for e in examples)])
+    owners = np.repeat(np.arange(len(lengths)), np.maximum(lengths - 1, 0))
     columns = [
-        pa.array([len(e.token_ids) for e in examples], pa.int64()),
-        pa.array([int(np.count_nonzero(e.weights[1:] > 0)) for e in examples], pa.int64()),
-        pa.array([float(e.weights[1:].sum(dtype=np.float64)) for e in examples], pa.float64()),
+        pa.array(lengths, pa.int64()),
+        pa.array(np.bincount(owners[targets > 0], minlength=len(lengths)), pa.int64()),
+        pa.array(np.bincount(owners, targets, minlength=len(lengths)), pa.float64()),
         pa.array([cut[0] for cut in cuts], pa.int64()),
         pa.array([cut[1] for cut in cuts], pa.int64()),
         pa.array([value & mask for value in row_hashes], pa.uint64()),
