@@ -48,7 +48,7 @@ def test_loss_and_gradients_equal_each_document_alone(family, checkpointing, pac
     supervised = SupervisedModel(model, capability).train()
     loss = supervised(to_device(collate(documents, packed), CPU))
     loss.backward()
-    assert float(loss) == pytest.approx(expected, rel=1e-6)
+    assert loss.item() == pytest.approx(expected, rel=1e-6)
     assert_equal_gradients(gradients(model), expected_gradients, 1e-5)
 
 
@@ -68,7 +68,7 @@ def test_adapters(kind, checkpointing):
     supervised = SupervisedModel(model, capability).train()
     loss = supervised(to_device(collate(documents, True), CPU))
     loss.backward()
-    assert float(loss) == pytest.approx(expected, rel=1e-6)
+    assert loss.item() == pytest.approx(expected, rel=1e-6)
     found = gradients(model)
     assert all("lora_" in name for name in found)
     assert_equal_gradients(found, expected_gradients, 1e-5)
@@ -83,7 +83,7 @@ def test_bf16_autocast_stays_near_fp32():
         loss = supervised(to_device(collate(documents, True), CPU))
     loss.backward()
     assert loss.dtype == torch.float32
-    assert float(loss) == pytest.approx(expected, rel=2e-2)
+    assert loss.item() == pytest.approx(expected, rel=2e-2)
     assert_equal_gradients(gradients(model), expected_gradients, 2e-2)
 
 

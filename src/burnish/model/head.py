@@ -67,7 +67,7 @@ def token_nll(
     nll = torch.zeros(len(targets), dtype=torch.float32, device=hidden.device)
     for begin in range(0, len(targets), MIN_CHUNK_ROWS):
         rows = slice(begin, begin + MIN_CHUNK_ROWS)
-        work.nll_and_gradient(work.hidden[rows], targets[rows], None, nll[rows])
+        work.nll_and_gradient(work.hidden[rows], targets[rows], nll[rows], wants_gradient=False)
     return nll
 
 
@@ -98,13 +98,9 @@ class _Work:
         return _Work(hidden.to(dtype), weight.to(dtype), bias, shape, block_rows)
 
     def nll_and_gradient(
-        self,
-        hidden: torch.Tensor,
-        targets: torch.Tensor,
-        weights: torch.Tensor | None,
-        nll: torch.Tensor,
+        self, hidden: torch.Tensor, targets: torch.Tensor, nll: torch.Tensor, wants_gradient: bool
     ) -> torch.Tensor:
-        """Fill `nll`; with weights, return the gradient of `sum(weights * nll)` with respect to
+        """Fill `nll`; if wanted, return its gradient, row by row and not yet weighted, with respect to
         `hidden @ weight.T + bias`, in the place of those logits."""
         logits = hidden @ self.weight.T
         if self.bias is not None:
@@ -112,23 +108,22 @@ class _Work:
         for begin in range(0, len(targets), self.block_rows):
             rows = slice(begin, begin + self.block_rows)
             block, slope = self._shaped(logits[rows])
-            peak = block.amax(-1, keepdim=True)
-            at_target = block.gather(1, targets[rows, None])
-            block.sub_(peak).exp_()
-            total = block.sum(-1, keepdim=True)
-            nll[rows] = (total.log() + peak - at_target)[:, 0]
-            if weights is None:
+            at_target = targets[rows, None]
+            log_shares = torch.log_softmax(block, dim=-1)
+            nll[rows] = -log_shares.gather(1, at_target)[:, 0]
+            if not wants_gradient:
                 continue
             # d nll / d logits = softmax - one_hot(target)
-            share = weights[rows, None]
-            block.mul_(share / total).scatter_add_(1, targets[rows, None], -share)
-            logits[rows] = block if slope is None else block.mul_(slope)
+            shares = log_shares.exp_()
+            shares.scatter_add_(1, at_target, shares.new_full((1, 1), -1.0).expand_as(at_target))
+            logits[rows] = shares if slope is None else shares.mul_(slope)
         return logits
 
     def _shaped(self, block: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | float | None]:
         """Logits in fp32 as the model means them, and their derivative by the raw ones."""
         shape = self.shape
-        block = block.float() if block.dtype != torch.float32 else block.clone()
+        plain = shape.scale == 1.0 and shape.softcap is None  # then nothing is done in place
+        block = block.float() if plain or block.dtype != torch.float32 else block.clone()
         slope: torch.Tensor | float | None = None
         if shape.scale != 1.0:
             block, slope = block.mul_(shape.scale), shape.scale
@@ -137,6 +132,14 @@ class _Work:
             slope = (1 - squashed * squashed).mul_(shape.scale)
             block = squashed * shape.softcap
         return block, slope
+
+
+def _add(total: torch.Tensor, part: torch.Tensor, first: bool) -> None:
+    """`total += part`, without reading what the first part overwrites."""
+    if first:
+        total.copy_(part)
+    else:
+        total.add_(part)
 
 
 class _SupervisedLoss(torch.autograd.Function):
@@ -151,29 +154,28 @@ class _SupervisedLoss(torch.autograd.Function):
         shape: HeadShape,
     ) -> torch.Tensor:
         wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[:3]
+        wants_any = wants_hidden or wants_weight or wants_bias
         num_targets = len(targets)
         work = _Work.prepare(hidden, weight, bias, shape)
         nll = torch.zeros(num_targets, dtype=torch.float32, device=hidden.device)
         d_hidden = torch.empty_like(hidden) if wants_hidden else None
         # bf16 sums over several chunks lose 2e-3 of the gradient: fp32 between chunks.
-        d_weight = (
-            torch.zeros(weight.shape, dtype=torch.float32, device=weight.device) if wants_weight else None
-        )
-        d_bias = (
-            torch.zeros(weight.shape[0], dtype=torch.float32, device=weight.device) if wants_bias else None
-        )
-        wanted = weights if any(ctx.needs_input_grad[:3]) else None
+        d_weight = hidden.new_empty(weight.shape, dtype=torch.float32) if wants_weight else None
+        d_bias = hidden.new_zeros(weight.shape[0], dtype=torch.float32) if wants_bias else None
         with torch.autocast(hidden.device.type, enabled=False):
+            # Weighted here and not in the logits' gradient, which is as wide as the vocabulary.
+            weighted = work.hidden * weights[:, None].to(work.hidden.dtype)
             for begin in range(0, num_targets, MIN_CHUNK_ROWS):
                 rows = slice(begin, begin + MIN_CHUNK_ROWS)
-                chunk = None if wanted is None else wanted[rows]
-                gradient = work.nll_and_gradient(work.hidden[rows], targets[rows], chunk, nll[rows])
+                gradient = work.nll_and_gradient(work.hidden[rows], targets[rows], nll[rows], wants_any)
                 if d_hidden is not None:
-                    d_hidden[rows] = gradient @ work.weight
+                    d_hidden[rows] = (gradient @ work.weight).mul_(weights[rows, None])
                 if d_weight is not None:
-                    d_weight += gradient.T @ work.hidden[rows]
+                    _add(d_weight, gradient.T @ weighted[rows], first=begin == 0)
                 if d_bias is not None:
-                    d_bias += gradient.sum(0, dtype=torch.float32)
+                    d_bias += (gradient * weights[rows, None]).sum(0)
+        if d_weight is not None and num_targets == 0:
+            d_weight.zero_()
         ctx.gradients = (
             d_hidden,
             None if d_weight is None else d_weight.to(weight.dtype),

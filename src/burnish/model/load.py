@@ -117,7 +117,8 @@ def _fresh(config: Any, seed: int, dtype: torch.dtype, model: ModelConfig) -> Pr
         torch.manual_seed(seed)
         if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
             # The class itself: `from_config` would partition while a ZeRO-3 config is alive.
-            built = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)](config)
+            architecture: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+            built = architecture(config)
         else:
             built = AutoModelForCausalLM.from_config(config, trust_remote_code=model.trust_remote_code)
     for parameter in built.parameters():  # parameters only: rotary frequencies stay in fp32
