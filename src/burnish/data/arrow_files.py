@@ -9,7 +9,7 @@ from typing import Any
 from burnish.data.rows import Row
 from burnish.errors import DataError, Problem
 
-ARROW_BATCH_ROWS = 1000
+ARROW_BATCH_ROWS = 256
 """Rows taken from a Parquet file or record batch at a time."""
 
 
