@@ -1,0 +1,49 @@
+"""From a config and what the user said about machines to a job file."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+from burnish.config.load import dump_config, load_config
+from burnish.jobs.kubernetes import train_job
+from burnish.jobs.options import Job, JobKind, JobOptions, job_name
+from burnish.jobs.skypilot import sky_task
+from burnish.jobs.slurm import slurm_script
+
+_WRITERS: Mapping[JobKind, Callable[[Job, str], str]] = {
+    "slurm": slurm_script,
+    "k8s": train_job,
+    "skypilot": sky_task,
+}
+_SUFFIXES: Mapping[JobKind, str] = {"slurm": ".sbatch", "k8s": ".trainjob.yaml", "skypilot": ".sky.yaml"}
+SUBMIT: Mapping[JobKind, str] = {"slurm": "sbatch", "k8s": "kubectl apply -f", "skypilot": "sky jobs launch"}
+"""The command that submits a job file; what to tell the user to type next."""
+
+
+def job_file(
+    kind: JobKind,
+    config_path: Path,
+    overrides: Sequence[str] = (),
+    options: JobOptions | None = None,
+    out: Path | None = None,
+) -> tuple[Path, str]:
+    """A job file's path and text; nothing is written and nothing is submitted.
+
+    Args:
+        kind: The scheduler.
+        config_path: A config that `train` takes; it is read and checked here.
+        overrides: Flags that would stand behind it.
+        options: Machines, time and names.
+        out: Where the file is to go; None is a name of the job's in the working folder.
+
+    Raises:
+        ConfigError: The config or the options cannot be right; all problems at once.
+    """
+    config = load_config(config_path, overrides)
+    chosen = options or JobOptions()
+    name = chosen.name or job_name(Path(config.output_dir).name)
+    job = Job(name, chosen, config_path, tuple(overrides), dump_config(config), config.output_dir)
+    job.check(kind)
+    path = out or Path(name + _SUFFIXES[kind])
+    return path, _WRITERS[kind](job, str(path))
