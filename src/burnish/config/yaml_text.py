@@ -31,13 +31,13 @@ _CORE_SCALARS: tuple[tuple[str, str, str], ...] = (
 
 
 class _Loader(yaml.SafeLoader):
-    yaml_implicit_resolvers: ClassVar[dict[str, list[tuple[str, re.Pattern[str]]]]] = {}
+    yaml_implicit_resolvers: ClassVar[dict[str, list[tuple[str, re.Pattern[str]]]]] = {}  # pyright: ignore
 
 
 class _Dumper(yaml.SafeDumper):
     """Quotes whatever either reader, YAML 1.1 or ours, would not take for a string."""
 
-    yaml_implicit_resolvers: ClassVar[dict[str, list[tuple[str, re.Pattern[str]]]]] = {
+    yaml_implicit_resolvers: ClassVar[dict[str, list[tuple[str, re.Pattern[str]]]]] = {  # pyright: ignore
         first: list(entries) for first, entries in yaml.SafeDumper.yaml_implicit_resolvers.items()
     }
 

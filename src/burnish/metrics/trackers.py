@@ -1,0 +1,135 @@
+"""Where numbers go besides `metrics.jsonl`. Each tracker imports its package when it is made."""
+
+from __future__ import annotations
+
+import importlib
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, final
+
+from burnish.errors import MachineError, Problem
+
+PROJECT = "burnish"
+
+
+class Tracker(ABC):
+    """Takes named numbers by step."""
+
+    @abstractmethod
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        """Record the values of one step."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Flush and finish."""
+
+
+def make_tracker(
+    name: str, run_dir: Path, run_config: Mapping[str, Any], resumed_step: int | None
+) -> Tracker:
+    """Start a tracker by its name in `log.trackers`.
+
+    Raises:
+        MachineError: Its package is not installed.
+    """
+    if name == "tensorboard":
+        return TensorBoard(run_dir / "tensorboard", resumed_step)
+    module = _require(name)
+    makers = {"wandb": WandB, "trackio": Trackio, "mlflow": MLflow}
+    return makers[name](module, run_dir, run_config)
+
+
+def _require(name: str) -> Any:
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise MachineError(
+            Problem(
+                "log.trackers",
+                f"{name} is not installed",
+                f"pip install 'burnish[{name}]', or leave it out of log.trackers.",
+            )
+        ) from error
+
+
+@final
+class TensorBoard(Tracker):
+    """Event files, written with the tensorboard package alone (no torch, no TensorFlow)."""
+
+    def __init__(self, folder: Path, resumed_step: int | None) -> None:
+        from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+        from tensorboard.compat.proto.summary_pb2 import Summary
+        from tensorboard.summary.writer.event_file_writer import EventFileWriter
+
+        self._event: Any = Event
+        self._summary: Any = Summary
+        self._writer = EventFileWriter(str(folder))
+        if resumed_step is not None:
+            # A restart mark: TensorBoard drops what older files hold from this step on.
+            start = SessionLog(status=SessionLog.START)
+            self._writer.add_event(Event(step=resumed_step + 1, session_log=start))
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        """See `Tracker.log`."""
+        pairs = [self._summary.Value(tag=tag, simple_value=value) for tag, value in values.items()]
+        self._writer.add_event(
+            self._event(step=step, wall_time=time.time(), summary=self._summary(value=pairs))
+        )
+
+    def close(self) -> None:
+        """See `Tracker.close`."""
+        self._writer.close()
+
+
+@final
+class WandB(Tracker):
+    """Weights & Biases, one run named after the run's folder."""
+
+    def __init__(self, module: Any, run_dir: Path, run_config: Mapping[str, Any]) -> None:
+        self._run = module.init(project=PROJECT, name=run_dir.name, dir=str(run_dir), config=dict(run_config))
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        """See `Tracker.log`."""
+        self._run.log(dict(values), step=step)
+
+    def close(self) -> None:
+        """See `Tracker.close`."""
+        self._run.finish()
+
+
+@final
+class Trackio(Tracker):
+    """Trackio, one run named after the run's folder."""
+
+    def __init__(self, module: Any, run_dir: Path, run_config: Mapping[str, Any]) -> None:
+        self._module = module
+        module.init(project=PROJECT, name=run_dir.name, config=dict(run_config))
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        """See `Tracker.log`."""
+        self._module.log(dict(values), step=step)
+
+    def close(self) -> None:
+        """See `Tracker.close`."""
+        self._module.finish()
+
+
+@final
+class MLflow(Tracker):
+    """MLflow, one run named after the run's folder, in the experiment `burnish`."""
+
+    def __init__(self, module: Any, run_dir: Path, run_config: Mapping[str, Any]) -> None:
+        self._module = module
+        module.set_experiment(PROJECT)
+        module.start_run(run_name=run_dir.name)
+        module.log_dict(dict(run_config), "config.json")
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        """See `Tracker.log`."""
+        self._module.log_metrics(dict(values), step=step)
+
+    def close(self) -> None:
+        """See `Tracker.close`."""
+        self._module.end_run()

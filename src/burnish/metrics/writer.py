@@ -1,0 +1,132 @@
+"""Writes what the training loop reports, once, on rank 0."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, TextIO, final
+
+from burnish.metrics.console import ConsoleProgress
+from burnish.metrics.lines import cut_after, eval_line, to_json, train_line
+from burnish.metrics.trackers import Tracker, make_tracker
+from burnish.records import EvalStats, StepStats
+from burnish.runtime import Ranks
+
+METRICS_NAME = "metrics.jsonl"
+
+_PLOTTED = ("epoch", "loss", "lr", "grad_norm", "tokens_per_second", "peak_memory_bytes", "seconds")
+
+
+@final
+class MetricsWriter:
+    """Takes steps, evaluations and events; writes `metrics.jsonl`, the console and the trackers.
+
+    On other ranks than 0 it does nothing. The event `{"kind": "resume", "step": n}` cuts the file
+    after step n, so that no step stands there twice; without it an older run's file is set aside
+    as `metrics-1.jsonl` when the first line comes.
+
+    Args:
+        run_dir: The run's folder.
+        trackers: Names from `log.trackers`.
+        ranks: This process among the others.
+        num_steps: Optimizer steps of the whole run, for the bar.
+        run_config: The resolved config, for trackers that keep one. It never holds a secret.
+
+    Raises:
+        MachineError: A tracker's package is not installed.
+    """
+
+    def __init__(
+        self,
+        run_dir: Path,
+        trackers: Sequence[str],
+        ranks: Ranks,
+        *,
+        num_steps: int,
+        run_config: Mapping[str, Any] | None = None,
+    ) -> None:
+        self._is_main = ranks.is_main
+        self._run_dir = run_dir
+        self._names = tuple(trackers)
+        self._run_config = dict(run_config or {})
+        self._file: TextIO | None = None
+        self._early: list[Mapping[str, Any]] = []
+        self._console = ConsoleProgress(num_steps)
+        self._trackers: list[Tracker] = []
+
+    def train(self, stats: StepStats) -> None:
+        """One logged optimizer step."""
+        if not self._is_main:
+            return
+        line = train_line(stats)
+        self._write(line)
+        numbers = {f"train/{name}": line[name] for name in _PLOTTED if line[name] is not None}
+        self._track(stats.step, numbers)
+        self._console.train(stats)
+
+    def eval(self, stats: EvalStats) -> None:
+        """One evaluation."""
+        if not self._is_main:
+            return
+        self._write(eval_line(stats))
+        numbers = {"eval/loss": stats.loss, "eval/perplexity": stats.perplexity}
+        numbers |= {f"eval/{name}/loss": values["loss"] for name, values in stats.sources.items()}
+        self._track(stats.step, numbers)
+        self._console.eval(stats)
+
+    def event(self, event: Mapping[str, Any]) -> None:
+        """Anything else worth a line; it has a `kind`, and a `step` where it belongs to one."""
+        if not self._is_main:
+            return
+        if event.get("kind") == "resume":
+            self._begin(int(event["step"]))
+        if self._file is None:  # whether this run goes on or starts anew is not known yet
+            self._early.append(event)
+        else:
+            self._write(event)
+
+    def close(self) -> None:
+        """Flush everything. No call may follow."""
+        if not self._is_main:
+            return
+        if self._early:
+            self._begin(None)
+        self._console.close()
+        for tracker in self._trackers:
+            tracker.close()
+        if self._file is not None:
+            self._file.close()
+
+    def _begin(self, resumed_step: int | None) -> None:
+        if self._file is not None:
+            return
+        self._run_dir.mkdir(parents=True, exist_ok=True)
+        path = self._run_dir / METRICS_NAME
+        if resumed_step is not None:
+            cut_after(path, resumed_step)
+        elif path.exists() and path.stat().st_size > 0:
+            path.replace(_free_name(path))
+        self._trackers = [
+            make_tracker(name, self._run_dir, self._run_config, resumed_step) for name in self._names
+        ]
+        self._file = path.open("a", encoding="utf-8")
+        early, self._early = self._early, []
+        for event in early:
+            self._write(event)
+
+    def _write(self, line: Mapping[str, Any]) -> None:
+        self._begin(None)
+        assert self._file is not None
+        self._file.write(to_json(line) + "\n")
+        self._file.flush()  # whoever watches the file sees every step; a crash loses none
+
+    def _track(self, step: int, numbers: Mapping[str, float]) -> None:
+        for tracker in self._trackers:
+            tracker.log(step, numbers)
+
+
+def _free_name(path: Path) -> Path:
+    number = 1
+    while (free := path.with_name(f"{path.stem}-{number}{path.suffix}")).exists():
+        number += 1
+    return free

@@ -1,0 +1,189 @@
+"""Exports load with transformers and peft alone, say what was trained, and are proved."""
+
+import json
+
+import pytest
+import torch
+from peft import AutoPeftModelForCausalLM, LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
+
+from burnish.config.load import load_config
+from burnish.errors import ConfigError, MachineError
+from burnish.export import ExportFacts, export_final, merge
+from burnish.export.card import public_name
+from burnish.export.chat import end_of_turn_ids
+from burnish.export.folder import prove_weights, whole_folder
+
+TEMPLATE = "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>\n{% endfor %}"
+FACTS = ExportFacts(3, 12, 99, {"evaluation loss": 1.25})
+
+
+@pytest.fixture
+def tokenizer():
+    words = {w: i for i, w in enumerate(["<unk>", "</s>", "<|user|>", "<|assistant|>", "<|end|>", "a", "b"])}
+    raw = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    raw.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    extra = ["<|user|>", "<|assistant|>", "<|end|>"]
+    return PreTrainedTokenizerFast(
+        tokenizer_object=raw, eos_token="</s>", unk_token="<unk>", additional_special_tokens=extra
+    )
+
+
+def llama(tied: bool) -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=16,
+            hidden_size=16,
+            intermediate_size=24,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            tie_word_embeddings=tied,
+            eos_token_id=6,  # a plain word of the tokenizer here
+        )
+    )
+
+
+def config_for(folder, *flags: str):
+    rows = folder / "rows.jsonl"
+    rows.write_text("{}\n")
+    base = folder / "base-model"
+    base.mkdir(exist_ok=True)
+    llama(False).save_pretrained(base)
+    return load_config(
+        None,
+        ["--model.path", str(base), "--data.train", str(rows), "--output_dir", str(folder / "run"), *flags],
+    )
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("tied", [True, False])
+def test_full_weights_come_back_bit_for_bit(tmp_path, tokenizer, tied, dtype):
+    model = llama(tied)
+    out = export_final(
+        config_for(tmp_path, "--model.dtype", dtype),
+        model,
+        model.state_dict(),
+        tokenizer,
+        TEMPLATE,
+        tmp_path / "run/final",
+        FACTS,
+    )
+    wanted = {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype]
+    again = AutoModelForCausalLM.from_pretrained(out)
+    assert again.dtype == wanted
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(again.state_dict()[name], tensor.to(wanted)), name
+    assert ("lm_head.weight" in load_file(out / "model.safetensors")) is not tied
+    saved = json.loads((out / "config.json").read_text())
+    assert saved.get("use_cache") is not False
+    assert "burnish" not in (out / "config.json").read_text()
+    generation = json.loads((out / "generation_config.json").read_text())
+    assert generation["eos_token_id"] == [4, 1]
+    assert AutoTokenizer.from_pretrained(out).chat_template == TEMPLATE
+    assert sorted(p.name for p in out.parent.iterdir()) == ["final"]
+    card = (out / "README.md").read_text()
+    assert "1.25" in card and str(tmp_path) not in card
+
+
+def test_an_older_export_is_replaced_whole(tmp_path, tokenizer):
+    model = llama(False)
+    out = tmp_path / "run/final"
+    out.mkdir(parents=True)
+    (out / "leftover.txt").write_text("old")
+    export_final(config_for(tmp_path), model, model.state_dict(), tokenizer, None, out, FACTS)
+    assert not (out / "leftover.txt").exists()
+
+
+def test_adapter_alone_and_merged(tmp_path, tokenizer):
+    config = config_for(tmp_path, "--adapter.rank", "2", "--model.dtype", "fp32")
+    base = AutoModelForCausalLM.from_pretrained(config.model.path)
+    model = get_peft_model(base, LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM"))
+    torch.manual_seed(1)
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            torch.nn.init.normal_(parameter, std=0.3)
+    weights = {n: t for n, t in model.state_dict().items() if "lora_" in n}
+    out = export_final(config, model, weights, tokenizer, TEMPLATE, tmp_path / "run/final", FACTS)
+    assert not (out / "model.safetensors").exists()
+    ids = torch.tensor([[2, 5, 4, 3, 6]])
+    wanted = model(ids).logits
+    again = AutoPeftModelForCausalLM.from_pretrained(out)
+    assert torch.equal(again(ids).logits, wanted)
+    proof = merge(out, tmp_path / "merged", "fp32")
+    assert proof.max_abs_logit < 1e-4 and proof.max_kl < 1e-8 and proof.same_top_token == 1
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    assert torch.allclose(merged(ids).logits, wanted, atol=1e-5)
+    assert AutoTokenizer.from_pretrained(tmp_path / "merged").chat_template == TEMPLATE
+    with pytest.raises(ConfigError, match="already"):
+        merge(out, tmp_path / "merged")
+    with pytest.raises(ConfigError, match="not an adapter"):
+        merge(tmp_path / "merged", tmp_path / "again")
+    rough = merge(out, tmp_path / "merged-bf16", "bf16")
+    assert proof.max_abs_logit < rough.max_abs_logit < 0.5
+
+
+def test_an_adapter_of_a_fresh_base_brings_its_base(tmp_path, tokenizer):
+    flags = ["--adapter.rank", "2", "--model.init", "random", "--model.dtype", "fp32"]
+    config = config_for(tmp_path, *flags)
+    from burnish.model.load import load_model
+
+    fresh = load_model(
+        config.model,
+        seed=config.train.seed,
+        init_context=None,
+        param_dtype=torch.float32,
+        tokenizer_size=len(tokenizer),
+    )
+    model = get_peft_model(fresh, LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM"))
+    weights = {n: t for n, t in model.state_dict().items() if "lora_" in n}
+    out = export_final(config, model, weights, tokenizer, None, tmp_path / "run/final", FACTS)
+    ids = torch.tensor([[2, 5, 4]])
+    assert torch.equal(AutoPeftModelForCausalLM.from_pretrained(out)(ids).logits, model(ids).logits)
+
+
+def test_the_proof_sees_damage(tmp_path):
+    good = {"a": torch.ones(4), "b": torch.zeros(2)}
+    save_file(good, tmp_path / "model.safetensors")
+    assert prove_weights(tmp_path, good) == set()
+    with pytest.raises(MachineError, match="differs"):
+        prove_weights(tmp_path, {**good, "a": torch.ones(4) * (1 + 2**-20)})
+    with pytest.raises(MachineError, match="missing"):
+        prove_weights(tmp_path, {**good, "c": torch.ones(1)})
+    save_file({**good, "b": torch.zeros(0)}, tmp_path / "model.safetensors")
+    with pytest.raises(MachineError, match="no elements"):
+        prove_weights(tmp_path, good)
+
+
+def test_a_failed_export_leaves_the_old_one(tmp_path):
+    (tmp_path / "final").mkdir()
+    with pytest.raises(KeyError), whole_folder(tmp_path / "final") as staging:
+        (staging / "x").write_text("x")
+        raise KeyError
+    assert [p.name for p in tmp_path.iterdir()] == ["final"]
+
+
+def test_end_of_turn(tokenizer):
+    assert end_of_turn_ids(tokenizer, TEMPLATE) == [4]
+    assert end_of_turn_ids(tokenizer, None) == []
+    assert end_of_turn_ids(tokenizer, "{{ raise_exception('no') }}") == []
+
+
+@pytest.mark.parametrize(
+    ("path", "name"),
+    [
+        ("https://user:secret@host/d.jsonl?token=abc", "https://host/d.jsonl"),
+        ("/home/somebody/d.jsonl", "d.jsonl"),
+        ("org/name", "org/name"),
+    ],
+)
+def test_cards_name_no_secret(path, name):
+    assert public_name(path) == name
