@@ -26,31 +26,14 @@ from tokenizers import Tokenizer
 
 from burnish.config.schema import DataConfig
 from burnish.data.control import Aliased, ControlTokens
+from burnish.data.fit import Encoded, example_of, halves, num_supervised, truncated
 from burnish.data.problems import RowProblem
 from burnish.data.render import ChatRenderer, Span
 from burnish.errors import DataError, Problem
-from burnish.records import Conversation, Example, Message
+from burnish.records import Conversation, Message
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-
-@dataclass(frozen=True)
-class Encoded:
-    """What became of one conversation, or of one part of it where it was split."""
-
-    index: int
-    """Which conversation of the call it is from."""
-    example: Example | None
-    problem: RowProblem | None
-    """Why there is no example; exactly one of the two is None."""
-    warnings: tuple[str, ...] = ()
-    num_tokens_cut: int = 0
-    """Tokens lost to `data.max_tokens`: cut off, or all of them where the row is not used."""
-    num_supervised_cut: int = 0
-    """Those of them that would have been trained on."""
-    num_control_tokens_typed: int = 0
-    """Control tokens that somebody typed into the texts, whatever became of them."""
 
 
 @dataclass(frozen=True)
@@ -271,11 +254,11 @@ class Encoder:
     ) -> list[Encoded]:
         """The example as it is, or cut as `data.too_long` says, or what is wrong with it."""
         limit = self._data.max_tokens
-        supervised = _num_supervised(weights)
+        supervised = num_supervised(weights)
         if not supervised:
             return [Encoded(index, None, RowProblem("no_supervised_tokens"), (), len(ids))]
         if len(ids) <= limit:
-            return [_example(index, conversation, ids, weights)]
+            return [example_of(index, conversation, ids, weights)]
         if self._data.too_long in ("drop", "error"):
             what = f"{len(ids)} tokens, data.max_tokens is {limit}"
             return [Encoded(index, None, RowProblem("too_long", what), (), len(ids), supervised)]
@@ -283,7 +266,7 @@ class Encoder:
             parts = self._split(index, conversation, ids, weights)
             if parts:
                 return parts
-        return [_truncated(index, conversation, ids, weights, limit)]
+        return [truncated(index, conversation, ids, weights, limit)]
 
     def _split(
         self,
@@ -301,76 +284,15 @@ class Encoder:
         limit = self._data.max_tokens
         if conversation.messages is None:
             pieces = [(ids[a : a + limit], weights[a : a + limit]) for a in range(0, len(ids), limit)]
-            useful = [piece for piece in pieces if _num_supervised(piece[1])]
+            useful = [piece for piece in pieces if num_supervised(piece[1])]
             lost = len(ids) - sum(len(piece[0]) for piece in useful)
-            parts = [_example(index, conversation, *piece) for piece in useful]
+            parts = [example_of(index, conversation, *piece) for piece in useful]
             return [replace(parts[0], num_tokens_cut=lost), *parts[1:]] if parts else []
-        halves = _halves(conversation, self._data.train_on)
-        if halves is None:
+        two = halves(conversation, self._data.train_on)
+        if two is None:
             return []
         # Each half is encoded like any conversation, and splits itself again where it must.
-        return [replace(part, index=index) for part in self.encode(halves)]
-
-
-def _halves(conversation: Conversation, train_on: str) -> tuple[Conversation, Conversation] | None:
-    """The conversation cut before the user's turn that is nearest to its middle; None if it has only one
-    exchange. The system turns in front go with both halves."""
-    messages = list(conversation.messages or ())
-    num_lead = next((i for i, m in enumerate(messages) if m.role not in ("system", "developer")), 0)
-    cuts = [i for i, m in enumerate(messages) if m.role == "user" and i > num_lead]
-    if not cuts or train_on == "last_assistant":
-        return None
-    sizes = np.cumsum([len(str(m.content)) + len(str(dict(m.extra))) for m in messages])
-    cut = min(cuts, key=lambda i: abs(int(sizes[i - 1]) * 2 - int(sizes[-1])))
-    lead = messages[:num_lead]
-    return replace(conversation, messages=messages[:cut]), replace(
-        conversation, messages=lead + messages[cut:]
-    )
-
-
-def _example(
-    index: int,
-    conversation: Conversation,
-    ids: Int32[np.ndarray, " tokens"],
-    weights: Float32[np.ndarray, " tokens"],
-    num_tokens_cut: int = 0,
-    num_supervised_cut: int = 0,
-) -> Encoded:
-    example = Example(conversation.source, conversation.row, ids, weights)
-    return Encoded(index, example, None, num_tokens_cut=num_tokens_cut, num_supervised_cut=num_supervised_cut)
-
-
-def _truncated(
-    index: int,
-    conversation: Conversation,
-    ids: Int32[np.ndarray, " tokens"],
-    weights: Float32[np.ndarray, " tokens"],
-    limit: int,
-) -> Encoded:
-    """Cut from the end, behind the last token that is trained on within the limit.
-
-    What follows that token, a user's next turn or half a header, would be read and not learned from.
-    A cut answer ends where the limit falls: no end of turn is invented.
-    """
-    supervised = _num_supervised(weights)
-    kept = np.flatnonzero(weights[1:limit] > 0)
-    if not len(kept):
-        what = f"the first token to learn comes after {limit} tokens (data.max_tokens)"
-        return Encoded(index, None, RowProblem("prompt_too_long", what), (), len(ids), supervised)
-    end = int(kept[-1]) + 2
-    return _example(
-        index,
-        conversation,
-        ids[:end],
-        weights[:end],
-        len(ids) - end,
-        supervised - _num_supervised(weights[:end]),
-    )
-
-
-def _num_supervised(weights: Float32[np.ndarray, " tokens"]) -> int:
-    """Targets; the first token never is one."""
-    return int(np.count_nonzero(weights[1:] > 0))
+        return [replace(part, index=index) for part in self.encode(two)]
 
 
 def _weights(
