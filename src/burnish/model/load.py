@@ -172,6 +172,12 @@ def _pretrained(
         raise ConfigError(
             Problem("model.path", f"{model.path} cannot be loaded: {_first_lines(error)}", "Check the path.")
         ) from error
+    except RuntimeError as error:
+        # Under ZeRO-3 a shape that does not fit is raised in spite of the request above.
+        if "size mismatch" not in str(error):
+            raise
+        lines = [line.strip() for line in str(error).splitlines() if "size mismatch" in line]
+        raise MachineError(*_name_them(model.path, "weights could not be read", lines)) from error
     built, report = loaded
     _check_report(model.path, report)
     return built
