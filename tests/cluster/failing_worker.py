@@ -1,0 +1,59 @@
+"""One of two ranks that train the toy; after step 2 rank 1 fails in the way asked for.
+
+`python failing_worker.py OUT_DIR hang|native|die|raise [TIMEOUT_SECONDS]`
+"""
+
+import ctypes
+import os
+import signal
+import sys
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from burnish.records import StepStats
+from burnish.runtime import pick_device, ranks_from_environment, setup_logging, start_process_group
+from burnish.train.loop import train
+from rig.runs import Memory, make_job
+from rig.toy import toy_config
+
+
+def sleep_in_a_lock_held_by_nobody() -> None:
+    time.sleep(1000)
+
+
+def fail(how: str) -> None:
+    if how == "hang":
+        sleep_in_a_lock_held_by_nobody()
+    elif how == "native":
+        ctypes.PyDLL(None).sleep(1000)  # keeps the interpreter's lock
+    elif how == "die":
+        os.kill(os.getpid(), signal.SIGKILL)
+    raise RuntimeError("this rank's disk is gone")
+
+
+@dataclass
+class FailingMemory(Memory):
+    how: str = ""
+
+    def train(self, stats: StepStats) -> None:
+        super().train(stats)
+        if stats.step == 2:
+            fail(self.how)
+
+
+def main() -> None:
+    out_dir, how = Path(sys.argv[1]), sys.argv[2]
+    torch.set_num_threads(1)
+    ranks = ranks_from_environment()
+    setup_logging(ranks)
+    start_process_group(ranks, pick_device(ranks))
+    settings = {"engine.kind": "local", "launch.hang_timeout_seconds": float(sys.argv[3])}
+    job = make_job(toy_config(out_dir, settings), ranks)
+    train(replace(job, recorder=FailingMemory(how=how)) if ranks.rank == 1 else job)
+
+
+if __name__ == "__main__":
+    main()
