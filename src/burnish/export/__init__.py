@@ -1,6 +1,7 @@
 """Results that load elsewhere: Hugging Face folders, adapters, merged models, each proved."""
 
-from burnish.export.final import ExportFacts, export_final
+from burnish.export.card import ExportFacts
+from burnish.export.final import export_final
 from burnish.export.merge import MergeProof, merge
 
 __all__ = ["ExportFacts", "MergeProof", "export_final", "merge"]

@@ -13,7 +13,7 @@ _MARK = "burnish7answer"
 """A content that no template trims or contains."""
 
 
-def end_of_turn_ids(tokenizer: PreTrainedTokenizerBase, template: str | None) -> list[int]:
+def end_of_turn_ids(tokenizer: Any, template: str | None) -> list[int]:
     """Ids of the control token that the template writes after an assistant's answer, if it does."""
     if template is None:
         return []
@@ -34,7 +34,7 @@ def generation_config(
     base: GenerationConfig | None, tokenizer: PreTrainedTokenizerBase, template: str | None
 ) -> GenerationConfig:
     """The base's generation config, made to stop where this tokenizer and template stop."""
-    config = copy.deepcopy(base) if base is not None else GenerationConfig()
+    config: Any = copy.deepcopy(base) if base is not None else GenerationConfig()
     own: Any = config.eos_token_id
     own = [own] if isinstance(own, int) else list(own or [])
     eos: Any = tokenizer.eos_token_id
@@ -42,14 +42,14 @@ def generation_config(
     own = [number for number in own if number in known]  # another tokenizer's may be a plain word here
     wanted = [*end_of_turn_ids(tokenizer, template), *([eos] if isinstance(eos, int) else []), *own]
     ids = list(dict.fromkeys(wanted))
-    config.eos_token_id = ids[0] if len(ids) == 1 else (ids or None)  # pyright: ignore
-    if config.pad_token_id is None:  # pyright: ignore
+    config.eos_token_id = ids[0] if len(ids) == 1 else (ids or None)
+    if config.pad_token_id is None:
         pad: Any = tokenizer.pad_token_id
-        config.pad_token_id = pad if pad is not None else (ids[0] if ids else None)  # pyright: ignore
-    if config.do_sample is False or config.do_sample is None:  # pyright: ignore
+        config.pad_token_id = pad if pad is not None else (ids[0] if ids else None)
+    if config.do_sample is False or config.do_sample is None:
         # transformers refuses to save a temperature with greedy decoding; many bases have both.
-        sampling = (config.temperature, config.top_p, config.top_k)  # pyright: ignore
-        config.do_sample = any(value is not None for value in sampling)  # pyright: ignore
+        sampling = (config.temperature, config.top_p, config.top_k)
+        config.do_sample = any(value is not None for value in sampling)
     return config
 
 

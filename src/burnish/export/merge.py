@@ -12,8 +12,8 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from burnish.errors import ConfigError, Problem
-from burnish.export.chat import generation_config, save_tokenizer
-from burnish.export.final import save_model
+from burnish.export.chat import save_tokenizer
+from burnish.export.final import save_generation_config, save_model
 from burnish.export.folder import whole_folder
 from burnish.model.load import COMPUTE_DTYPES
 
@@ -71,8 +71,7 @@ def merge(adapter: Path, out: Path, dtype: str = "bf16") -> MergeProof:
     merged: Any = adapted.merge_and_unload(safe_merge=True)  # safe: refuses what is not finite
     with whole_folder(out) as staging:
         save_model(merged, merged.state_dict(), COMPUTE_DTYPES[dtype], staging)
-        template = tokenizer.chat_template
-        generation_config(generation, tokenizer, template).save_pretrained(staging)
+        save_generation_config(generation, tokenizer, tokenizer.chat_template, staging)
         save_tokenizer(tokenizer, None, staging)
         card = f"# {out.name}\n\n{adapter.name} merged into its base with Burnish, in {dtype}.\n"
         (staging / "README.md").write_text(card, encoding="utf-8")
