@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
+from peft import PeftModel, get_peft_model_state_dict
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from burnish.config.schema import Config
+from burnish.errors import MachineError, Problem
 from burnish.export.card import ExportFacts, model_card
 from burnish.export.chat import generation_config, save_tokenizer
 from burnish.export.folder import prove_weights, whole_folder
@@ -52,12 +53,13 @@ def export_final(
     """
     with whole_folder(out) as staging:
         if isinstance(model, PeftModel):
-            _save_adapter(config, model, state, staging, out)
+            base_path = _base_path(config, tokenizer, template, out.parent / BASE_FOLDER)
+            _save_adapter(model, state, base_path, config.model.revision, staging)
         else:
+            # A fresh model's generation config is nobody's choice; a pretrained one's is kept.
+            own = model.generation_config if config.model.init == "pretrained" else None
             save_model(model, state, COMPUTE_DTYPES[config.model.dtype], staging)
-        own = model.get_base_model() if isinstance(model, PeftModel) else model
-        assert isinstance(own, PreTrainedModel)
-        save_generation_config(own.generation_config, tokenizer, template, staging)
+            save_generation_config(own, tokenizer, template, staging)
         save_tokenizer(tokenizer, template, staging)
         card = model_card(config, out.parent.resolve().name, facts)
         (staging / "README.md").write_text(card, encoding="utf-8")
@@ -75,12 +77,16 @@ def save_model(
         dtype: Of floating-point weights in the files.
         folder: Exists.
     """
-    rounded: dict[int, torch.Tensor] = {}
-    for tensor in state.values():
-        storage = tensor.data_ptr()
-        if storage not in rounded:
-            rounded[storage] = (tensor.to(dtype) if tensor.is_floating_point() else tensor).contiguous()
-    weights = {name: rounded[tensor.data_ptr()] for name, tensor in state.items()}
+    # Parameters only: some buffers (a router's correction) need their fp32.
+    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    rounded: dict[tuple[int, int], torch.Tensor] = {}
+    weights: dict[str, torch.Tensor] = {}
+    for name, tensor in state.items():
+        key = (tensor.data_ptr(), tensor.numel())  # tied ones share both, and stay one tensor
+        if key not in rounded:
+            is_weight = name in parameters and tensor.is_floating_point()
+            rounded[key] = tensor.detach().to(dtype if is_weight else tensor.dtype).contiguous()
+        weights[name] = rounded[key]
     model.save_pretrained(folder, state_dict=dict(weights), max_shard_size=MAX_SHARD_SIZE)
     # transformers writes the dtype of the weights in memory (fp32 masters), not that of the files.
     _change(folder / "config.json", dtype=str(dtype).removeprefix("torch."))
@@ -95,31 +101,38 @@ def save_generation_config(
 
 
 def _save_adapter(
-    config: Config, model: PeftModel, state: Mapping[str, torch.Tensor], staging: Path, out: Path
+    model: PeftModel, state: Mapping[str, torch.Tensor], base_path: str, revision: str | None, folder: Path
 ) -> None:
     # Not "auto": that would ask the hub whether the embedding has grown.
-    model.save_pretrained(str(staging), state_dict=dict(state), save_embedding_layers=False)
-    prove_weights(staging, {name.replace(".default.", "."): tensor for name, tensor in state.items()})
-    base = Path(config.model.path)
-    name = str(base.resolve()) if base.is_dir() else config.model.path
-    if config.model.init == "random":
-        name = str((out / BASE_FOLDER).resolve())
-        _save_fresh_base(config, staging / BASE_FOLDER)
-    _change(
-        staging / "adapter_config.json", base_model_name_or_path=name, revision=config.model.revision
-    )
+    model.save_pretrained(str(folder), state_dict=dict(state), save_embedding_layers=False)
+    saved = get_peft_model_state_dict(model, state_dict=dict(state), save_embedding_layers=False)
+    renamed = prove_weights(folder, {name: tensor.contiguous() for name, tensor in saved.items()})
+    if renamed or not saved:
+        what = f"reading back the adapter: {sorted(renamed)[:3] or 'there is nothing in it'}"
+        raise MachineError(Problem(str(folder), what, "Nothing was put in place; the checkpoints hold it."))
+    _change(folder / "adapter_config.json", base_model_name_or_path=base_path, revision=revision)
 
 
-def _save_fresh_base(config: Config, folder: Path) -> None:
-    """Fresh weights exist nowhere but in this run; they are a function of the seed, so make them again."""
-    base = load_model(
-        config.model,
-        seed=config.train.seed,
-        init_context=None,
-        param_dtype=torch.float32,
-        tokenizer_size=0,
-    )
-    save_model(base, base.state_dict(), torch.float32, folder)
+def _base_path(config: Config, tokenizer: PreTrainedTokenizerBase, template: str | None, beside: Path) -> str:
+    """Where the adapter's base can be loaded from. Fresh weights exist nowhere but in this run; they
+    are a function of the seed, so they are made again and saved beside the adapter."""
+    path = Path(config.model.path)
+    if config.model.init == "pretrained":
+        return str(path.resolve()) if path.is_dir() else config.model.path
+    if not beside.exists():
+        dtype = COMPUTE_DTYPES[config.model.dtype]
+        base = load_model(
+            config.model,
+            seed=config.train.seed,
+            init_context=None,
+            param_dtype=dtype,
+            tokenizer_size=len(tokenizer),
+        )
+        with whole_folder(beside) as staging:
+            save_model(base, base.state_dict(), dtype, staging)
+            save_generation_config(None, tokenizer, template, staging)
+            save_tokenizer(tokenizer, template, staging)
+    return str(beside.resolve())
 
 
 def _change(path: Path, **values: Any) -> None:

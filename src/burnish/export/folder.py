@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -29,6 +30,7 @@ def whole_folder(folder: Path) -> Iterator[Path]:
             shutil.rmtree(leftover, ignore_errors=True)
         staging.mkdir(parents=True)
         yield staging
+        _fsync(staging)
         if folder.exists():
             folder.rename(old)
         staging.rename(folder)
@@ -65,7 +67,7 @@ def prove_weights(folder: Path, wanted: Mapping[str, torch.Tensor]) -> set[str]:
                 found[name] = tensor.numel()
                 if tensor.numel() == 0:
                     problems.append(f"{name} has no elements")
-                elif name in wanted and not torch.equal(tensor, wanted[name].to(tensor.dtype).cpu()):
+                elif name in wanted and not same_bits(tensor, wanted[name].cpu()):
                     problems.append(f"{name} differs from what was trained")
     renamed = found.keys() - wanted.keys()
     problems += _missing(found, wanted, by_name=not renamed)
@@ -75,11 +77,28 @@ def prove_weights(folder: Path, wanted: Mapping[str, torch.Tensor]) -> set[str]:
     return set(renamed)
 
 
+def same_bits(first: torch.Tensor, second: torch.Tensor) -> bool:
+    """Whether two tensors agree in dtype, shape and every bit (so NaN agrees with itself)."""
+    if first.dtype != second.dtype or first.shape != second.shape:
+        return False
+    one, two = (tensor.contiguous().flatten().view(torch.uint8) for tensor in (first, second))
+    return torch.equal(one, two)
+
+
+def _fsync(folder: Path) -> None:
+    for path in [*folder.rglob("*"), folder]:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
 def _missing(found: Mapping[str, int], wanted: Mapping[str, torch.Tensor], by_name: bool) -> list[str]:
     """What was not written. Tied weights are one storage under several names."""
     storages = {name: tensor.data_ptr() for name, tensor in wanted.items()}
     if by_name:
-        written = {storages[name] for name in found}
+        written = {storages[name] for name in found if name in storages}
         return [f"{name} is missing" for name, storage in storages.items() if storage not in written]
     num_wanted = sum({storages[name]: tensor.numel() for name, tensor in wanted.items()}.values())
     num_found = sum(found.values())

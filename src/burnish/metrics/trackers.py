@@ -59,8 +59,8 @@ class TensorBoard(Tracker):
     """Event files, written with the tensorboard package alone (no torch, no TensorFlow)."""
 
     def __init__(self, folder: Path, resumed_step: int | None) -> None:
-        from tensorboard.compat.proto.event_pb2 import Event, SessionLog
-        from tensorboard.compat.proto.summary_pb2 import Summary
+        from tensorboard.compat.proto.event_pb2 import Event, SessionLog  # pyright: ignore
+        from tensorboard.compat.proto.summary_pb2 import Summary  # pyright: ignore
         from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
         self._event: Any = Event

@@ -1,0 +1,69 @@
+"""Exporting from an engine: gather on all ranks, write on one, and let all know how it went."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import final
+
+from peft import PeftModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from burnish.config.schema import Config
+from burnish.engine.base import Engine
+from burnish.errors import BurnishError, MachineError
+from burnish.export.card import ExportFacts
+from burnish.export.final import export_final
+from burnish.records import TrainState
+from burnish.runtime import Ranks, gather_objects, log
+
+
+@final
+class Exporter:
+    """Writes what an engine has trained, as it is at the moment.
+
+    Args:
+        config: The run.
+        engine: Gathers the weights.
+        model: The Hugging Face or peft model inside it.
+        tokenizer: Saved beside the weights.
+        template: The chat template that was trained with.
+        ranks: This process among the others.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        engine: Engine,
+        model: PreTrainedModel | PeftModel,
+        tokenizer: PreTrainedTokenizerBase,
+        template: str | None,
+        ranks: Ranks,
+    ) -> None:
+        self._config = config
+        self._engine = engine
+        self._model = model
+        self._tokenizer = tokenizer
+        self._template = template
+        self._ranks = ranks
+
+    def export(self, out: Path, state: TrainState) -> None:
+        """Write the folder. Every rank calls this; it fails on all of them or on none.
+
+        Raises:
+            MachineError: It cannot be written, or what was written is not what was trained.
+        """
+        weights = self._engine.export_state()
+        failure: BurnishError | None = None
+        if weights is not None:
+            results = {} if state.best_eval_loss is None else {"best evaluation loss": state.best_eval_loss}
+            facts = ExportFacts(state.step, state.num_examples, state.num_supervised_tokens, results)
+            try:
+                export_final(self._config, self._model, weights, self._tokenizer, self._template, out, facts)
+                log.info("Exported %s.", out)
+            except BurnishError as error:
+                failure = error
+        messages = [m for m in gather_objects(failure and str(failure), self._ranks) if m]
+        if failure is not None:
+            raise failure
+        if messages:
+            raise MachineError(messages[0])
