@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 
 import pytest
 from rich.console import Console
@@ -132,6 +133,19 @@ def test_the_terminal_shows_the_mask_with_colours_and_without(tmp_path):
     coloured = terminal_of(config, colours=True)
     assert "⟦" not in coloured
     assert "\x1b[38;2;255;255;255;48;2;0;116;72mthere" in coloured.replace("\x1b[0m", "")
+
+
+@pytest.mark.parametrize("system", ["standard", "256", "truecolor"])
+def test_full_half_and_no_weight_look_different_on_every_terminal(tmp_path, system):
+    rows = [chat("Hi", "Hello", weight=0.5), chat("Hi", "there")]
+    out = io.StringIO()
+    console = Console(file=out, force_terminal=True, color_system=system, width=100)
+    view(view_config(tmp_path, {"a": rows}), console)
+    looks = {word: re.findall(rf"\x1b\[([\d;]+)m{word}", out.getvalue()) for word in ("Hello", "there")}
+    assert looks["Hello"]
+    assert looks["there"]
+    assert looks["Hello"] != looks["there"]
+    assert "user↵" in re.sub(r"\x1b\[[\d;]*m", "", out.getvalue())
 
 
 def test_data_cannot_command_the_terminal(tmp_path):

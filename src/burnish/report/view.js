@@ -307,6 +307,7 @@
 
   const apply = () => {
     main.classList.toggle("edges", edges.checked);
+    document.body.classList.toggle("has-edges", edges.checked);
     for (const card of cards) fold(card, !open.checked);
     layOut();
     filter();
@@ -341,10 +342,16 @@
     const { example } = card;
     const id = example.ids[i];
     const weight = (card.weights ??= weightsOf(example))[i];
-    const lines = [`id ${id}   ${JSON.stringify(textOf(example, i))}`];
+    const said = textOf(example, i);
+    const lines = [said === "" ? `id ${id}` : `id ${id}   ${JSON.stringify(said)}`];
     lines.push(weight > 0 ? `trained on, weight ${weight}` : i === 0 ? "first token: nothing predicts it" : "read only");
     if (control.has(id)) lines.push("control token");
-    if (example.parts[i]) lines.push(`bytes ${example.parts[i]}: part of a character`);
+    if (example.parts[i]) {
+      lines.push(`bytes ${example.parts[i]}: part of a character`);
+      const others = [];
+      for (let j = i + 1; textOf(example, j) === "" && example.parts[j]; j++) others.push(`${example.ids[j]} (${example.parts[j]})`);
+      if (others.length) lines.push(`the rest of it: ${others.join(", ")}`);
+    }
     lines.push(`position ${number(i)} of ${number(example.ids.length)}`);
     if (card.column) lines.push(`column ${number(card.column + i)} of the micro-batch`);
     return lines.join("\n");

@@ -1,5 +1,5 @@
 """Examples in the terminal: trained tokens on green, the stronger the weight the stronger the green,
-control tokens inverse, everything else as it is.
+control tokens on violet, everything else as it is.
 
 Without colours (a pipe, `NO_COLOR`) trained runs stand between `⟦` and `⟧`, with their weight if it is
 not 1. Nothing that data can hold reaches the terminal as a command: control characters are shown.
@@ -23,9 +23,11 @@ _UNSEEN = re.compile(
 """Characters that steer a terminal, turn the direction of writing, or show nothing. Joiners
 (U+200C, U+200D) stay: they are part of emoji and of Persian words."""
 
-_FAINTEST, _STRONGEST = (38, 66, 54), (0, 116, 72)
+_FAINTEST, _STRONGEST = (16, 48, 34), (0, 116, 72)
 """The green of weight 0 and of weight 1."""
 _WHITE = "#ffffff"
+_FEW_COLOURS = ("standard", "windows")
+"""Terminals of 16 colours: shades of green would become black there."""
 
 
 def show(view: View, console: Console) -> None:
@@ -57,10 +59,11 @@ def _print_head(view: View, console: Console) -> None:
     if console.color_system is None:
         legend.append("⟦trained⟧  ⟦0.5: trained at half weight⟧  ↵ line end")
     else:
-        legend.append(" trained ", _style(1.0, False)).append(" ")
-        legend.append(" weight 0.5 ", _style(0.5, False)).append(" ")
-        legend.append("control token", _style(0.0, True)).append(" ")
-        legend.append("trained control token", _style(1.0, True)).append("  ↵ line end")
+        system = console.color_system
+        legend.append(" trained ", _style(1.0, False, system)).append(" ")
+        legend.append(" weight 0.5 ", _style(0.5, False, system)).append(" ")
+        legend.append("control token", _style(0.0, True, system)).append(" ")
+        legend.append("trained control token", _style(1.0, True, system)).append("  ↵ line end")
     console.print(legend)
 
 
@@ -75,21 +78,23 @@ def _print_example(example: ViewedExample, view: View, console: Console) -> None
     console.print(Rule(title, style="dim", align="left"))
     for warning in example.warnings:
         console.print(Text(f"⚠ {visible(warning)}", "yellow"))
-    console.print(_body(example, view.control_ids, console.color_system is not None))
+    console.print(_body(example, view.control_ids, console.color_system))
     if example.num_tokens_cut:
         console.print(Text(f"✂ {example.num_tokens_cut:,} more tokens are cut off here", "yellow"))
 
 
-def _body(example: ViewedExample, control_ids: frozenset[int], coloured: bool) -> Text:
+def _body(example: ViewedExample, control_ids: frozenset[int], system: str | None) -> Text:
     body = Text(overflow="fold")
-    for text, weight, is_control in _runs(example, control_ids if coloured else frozenset()):
+    for text, weight, is_control in _runs(example, control_ids if system else frozenset()):
         shown = visible(text).replace("\t", "⇥ ").replace("\n", "↵\n")
-        if coloured:
-            body.append(shown, _style(weight, is_control))
+        if system:
+            body.append(shown, _style(weight, is_control, system))
         elif weight > 0:
             body.append(f"⟦{shown}⟧" if weight == 1 else f"⟦{weight:g}: {shown}⟧")
         else:
             body.append(shown)
+    if body.plain.endswith("\n"):
+        body.right_crop(1)
     return body
 
 
@@ -109,15 +114,26 @@ def _runs(example: ViewedExample, control_ids: frozenset[int]) -> Iterator[tuple
         yield "".join(texts), last[0], last[1]
 
 
-def _style(weight: float, is_control: bool) -> Style:
+def _style(weight: float, is_control: bool, system: str) -> Style:
     if weight <= 0:
-        return Style(reverse=True, dim=True) if is_control else Style()
+        return _read_control(system) if is_control else Style()
+    if system in _FEW_COLOURS:
+        if is_control:
+            return Style(color="green", bgcolor="white", bold=True)
+        return Style(color="black", bgcolor="bright_green" if weight >= 1 else "green")
     part = min(weight, 1.0)
     red, green, blue = (round(a + (b - a) * part) for a, b in zip(_FAINTEST, _STRONGEST, strict=True))
     shade = f"#{red:02x}{green:02x}{blue:02x}"
     if is_control:
         return Style(color=shade, bgcolor=_WHITE, bold=True)
     return Style(color=_WHITE, bgcolor=shade)
+
+
+def _read_control(system: str) -> Style:
+    """A control token that is not trained on."""
+    if system in _FEW_COLOURS:
+        return Style(color="black", bgcolor="magenta")
+    return Style(color="#efeaff", bgcolor="#544782")
 
 
 def _verdict(lost: LostRow) -> Text:
