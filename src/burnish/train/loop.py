@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 
@@ -29,6 +29,7 @@ from burnish.train.signals import StopRequest
 from burnish.watchdog import Watchdog
 
 
+@runtime_checkable
 class Recorder(Protocol):
     """Where the loop tells what happened; rank 0's writes it down."""
 
@@ -65,7 +66,7 @@ class TrainJob:
     recorder: Recorder
     fingerprints: Mapping[str, str]
     """What a resumed run must share, by name: see `TrainState.fingerprints`."""
-    export_best: Callable[[], None] | None = None
+    export_best: Callable[[TrainState], None] | None = None
     """Called on every rank when an evaluation was the best so far."""
 
     @property
@@ -239,9 +240,10 @@ def _evaluate_and_track(job: TrainJob, state: TrainState) -> TrainState:
     best = float("inf") if state.best_eval_loss is None else state.best_eval_loss
     if state.step == 0 or not stats.loss < best:
         return state
+    state = replace(state, best_eval_loss=stats.loss, best_eval_step=state.step)
     if job.export_best is not None:
-        job.export_best()
-    return replace(state, best_eval_loss=stats.loss, best_eval_step=state.step)
+        job.export_best(state)
+    return state
 
 
 def _record_skip(job: TrainJob, keeper: _Keeper, state: TrainState, stats: StepStats) -> None:

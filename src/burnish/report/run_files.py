@@ -1,0 +1,30 @@
+"""What a run writes down about itself before it starts: the config, the plan, the data."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from burnish.config.load import dump_config
+from burnish.config.schema import Config
+from burnish.errors import MachineError, Problem
+from burnish.plan import Plan
+
+
+def write_run_files(run_dir: Path, config: Config, plan: Plan, data_report: Mapping[str, Any]) -> None:
+    """Write `config.yaml` (as resolved), `plan.json` and `data_report.json`; on rank 0.
+
+    Raises:
+        MachineError: The folder cannot be written.
+    """
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        (run_dir / "config.yaml").write_text(dump_config(config), encoding="utf-8")
+        for name, content in (("plan.json", plan.to_dict()), ("data_report.json", dict(data_report))):
+            (run_dir / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise MachineError(
+            Problem("output_dir", f"{run_dir} cannot be written: {error}", "Choose another output_dir.")
+        ) from error

@@ -1,0 +1,101 @@
+"""The whole run, in the order the data moves. The file to read first.
+
+    config ─► data: load ► format ► render+mask ► (prepared cache) ─► plan: windows, memory
+                                                                        │
+                           model: load ► adapt ──► engine ──► train loop ◄┘
+                                                                │
+                                      evaluate · checkpoint · metrics ─► export ─► report
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from burnish.checkpoint.fingerprints import fingerprints
+from burnish.config.schema import Config
+from burnish.data.count import count_windows
+from burnish.data.prepare import prepare
+from burnish.data.tokenizer import load_tokenizer
+from burnish.data.windows import eval_cuts, plan_windows
+from burnish.engine.build import build_engine, model_init_context, parameter_dtype
+from burnish.export import Exporter
+from burnish.metrics import MetricsWriter
+from burnish.model.adapt import adapt
+from burnish.model.attention import can_isolate
+from burnish.model.forward import SupervisedModel
+from burnish.model.load import load_model, load_model_config
+from burnish.plan import ModelShape, make_plan, resolve_auto
+from burnish.records import TrainState
+from burnish.report.run_files import write_run_files
+from burnish.runtime import device_memory_bytes, log, pick_device, ranks_from_environment, start_process_group
+from burnish.train.loop import Feed, TrainJob
+from burnish.train.loop import train as run_loop
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What a finished run left."""
+
+    run_dir: Path
+    final_dir: Path
+    state: TrainState
+
+
+def train(config: Config) -> RunResult:
+    """Train as the config says. Every rank calls this; it returns when the result is exported.
+
+    Raises:
+        BurnishError: Whatever the user has to mend; its `exit_code` says of which kind it is.
+    """
+    ranks = ranks_from_environment()
+    device = pick_device(ranks)
+    run_dir = Path(config.output_dir)
+
+    # Data first: it needs no other rank, so nobody waits inside a collective while it is prepared.
+    tokenizer, template = load_tokenizer(config.model, config.data)
+    data = prepare(config, tokenizer, template)
+    shape = ModelShape.from_config_json(load_model_config(config.model).to_dict())
+    config = resolve_auto(config, shape, ranks.world_size, device_memory_bytes(device))
+
+    start_process_group(ranks, device)
+    model = load_model(
+        config.model,
+        seed=config.train.seed,
+        init_context=model_init_context(config, ranks, device),
+        param_dtype=parameter_dtype(config, ranks),
+        quantize=config.adapter.quantize if config.adapter else None,
+        tokenizer_size=len(tokenizer),
+    )
+    model = adapt(model, config.adapter, config.model.activation_checkpointing, seed=config.train.seed)
+    capability = can_isolate(model, config.model.attention, config.data.max_tokens, config.data.packing)
+    layout = capability.packed, shape.cost_model()
+    windows = plan_windows(data.train, config.data, config.batch, config.train, ranks.world_size, *layout)
+    plan = make_plan(config, count_windows(windows, data.train), shape, ranks.world_size)
+    if ranks.is_main:
+        write_run_files(run_dir, config, plan, data.report)
+        log.info("%s\n%s", plan.describe(), capability.reason)
+
+    engine = build_engine(config, ranks, device, SupervisedModel(model, capability))
+    exporter = Exporter(config, engine, model, tokenizer, template, ranks)
+    recorder = MetricsWriter(
+        run_dir, config.log.trackers, ranks, num_steps=windows.num_steps, run_config=config.model_dump()
+    )
+    job = TrainJob(
+        config=config,
+        engine=engine,
+        ranks=ranks,
+        windows=windows,
+        feed=Feed(data.train, capability.packed, pad_token_id=tokenizer.pad_token_id or 0),
+        eval_store=data.eval,
+        eval_cuts=eval_cuts(data.eval, config.batch, ranks.world_size, *layout) if data.eval else None,
+        recorder=recorder,
+        fingerprints=fingerprints(config, tokenizer.backend_tokenizer.to_str(), template, data.fingerprint),
+        export_best=lambda state: exporter.export(run_dir / "best", state),
+    )
+    try:
+        state = run_loop(job)
+    finally:
+        recorder.close()
+    exporter.export(run_dir / "final", state)
+    return RunResult(run_dir, run_dir / "final", state)
