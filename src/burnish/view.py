@@ -5,6 +5,7 @@ Only the rows that are shown are encoded, so that a look takes seconds whatever 
 
 from __future__ import annotations
 
+import io
 import itertools
 import re
 from collections.abc import Iterable, Iterator, Sequence
@@ -28,7 +29,7 @@ from burnish.data.windows import micro_budget
 from burnish.errors import ConfigError, DataError, Problem
 from burnish.plan import CostModel
 from burnish.records import Conversation, Example
-from burnish.report.view import LostRow, View, ViewedExample
+from burnish.report.view import LostRow, View, ViewedExample, json_line
 from burnish.report.view_tokens import TokenReader
 
 if TYPE_CHECKING:
@@ -58,6 +59,7 @@ def view(
     as_json: bool = False,
     source: str | None = None,
     row: str | None = None,
+    aside: Console | None = None,
 ) -> Sequence[LostRow]:
     """Show examples on the console, as lines of JSON, or as a page.
 
@@ -69,9 +71,10 @@ def view(
         as_json: One line per example, nothing else.
         source: Only this source, of training or evaluation.
         row: Only this row: its place (`train.jsonl:12`) or the end of that (`12`).
+        aside: Where verdicts on rows without an example go when JSON or a page is written (stderr).
 
     Returns:
-        Rows that were looked at and gave no example. The console has shown them, JSON and page aside.
+        Rows that were looked at and gave no example.
 
     Raises:
         ConfigError: There is no such source or row.
@@ -79,6 +82,8 @@ def view(
     """
     if num_examples is None:
         num_examples = NUM_EXAMPLES if html is None else NUM_EXAMPLES_PAGE
+    from burnish.report.view_terminal import print_verdicts, show
+
     gathered = gather(config, num_examples, source, row)
     if html is not None:
         from burnish.report.view_html import page
@@ -86,14 +91,15 @@ def view(
         html.parent.mkdir(parents=True, exist_ok=True)
         html.write_text(page(gathered), encoding="utf-8")
     if as_json:
-        from burnish.report.view import json_line
-
         for example in gathered.examples:
             console.file.write(json_line(example) + "\n")
     elif html is None:
-        from burnish.report.view_terminal import show
-
+        if isinstance(console.file, io.TextIOWrapper):
+            # A terminal that cannot write a letter gets its number, not a traceback.
+            console.file.reconfigure(errors="backslashreplace")
         show(gathered, console)
+    if aside is not None and gathered.lost and (as_json or html is not None):
+        print_verdicts(gathered.lost, aside)
     return gathered.lost
 
 

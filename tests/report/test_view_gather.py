@@ -78,6 +78,24 @@ def test_bad_rows_get_a_verdict_and_others_take_their_place(tmp_path):
     assert "[empty_answer]" in shown
 
 
+def test_json_stays_clean_and_verdicts_go_aside(tmp_path):
+    config = view_config(tmp_path, {"a": [chat("Hi", "Hello"), "{"]})
+    out, aside = io.StringIO(), io.StringIO()
+    lost = view(config, Console(file=out), as_json=True, aside=Console(file=aside, width=60))
+    assert len(out.getvalue().splitlines()) == len(lost) == 1
+    assert f"{tmp_path}/a.jsonl:2" in aside.getvalue()
+    assert "left out" in aside.getvalue()
+
+
+def test_a_terminal_that_knows_only_ascii_is_no_error(tmp_path):
+    config = view_config(tmp_path, {"a": [chat("Hi 🙂", "Hello")]})
+    raw = io.BytesIO()
+    stream = io.TextIOWrapper(raw, encoding="ascii")
+    view(config, Console(file=stream, width=80))
+    stream.flush()
+    assert b"Hi \\U0001f642" in raw.getvalue()
+
+
 def test_nothing_but_bad_rows_is_an_error_that_names_them(tmp_path):
     config = view_config(tmp_path, {"a": ["{", "{"]})
     with pytest.raises(DataError, match=r"a\.jsonl:2"):

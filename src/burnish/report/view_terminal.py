@@ -8,7 +8,7 @@ not 1. Nothing that data can hold reaches the terminal as a command: control cha
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from rich.console import Console
 from rich.rule import Rule
@@ -37,9 +37,14 @@ def show(view: View, console: Console) -> None:
         _print_example(example, view, console)
     if view.lost:
         console.print()
-        console.print(Rule("rows without an example", style="red", align="left"))
-        for lost in view.lost:
-            console.print(_verdict(lost))
+        print_verdicts(view.lost, console)
+
+
+def print_verdicts(lost: Sequence[LostRow], console: Console) -> None:
+    """Print why rows give no example, and what becomes of them."""
+    console.print(Rule("rows without an example", style="red", align="left"))
+    for row in lost:
+        console.print(_verdict(row), soft_wrap=True)
 
 
 def visible(text: str) -> str:
