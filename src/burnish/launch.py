@@ -102,24 +102,28 @@ def threads_per_worker(num_processes: int) -> int:
 
 
 def _wait(workers: Sequence[subprocess.Popen[bytes]], grace_seconds: float) -> int:
-    """The first failure's exit code, once all workers have ended."""
-    first_failure = 0
-    deadline: float | None = None
-    while any(worker.poll() is None for worker in workers):
-        failed = [(rank, w.returncode) for rank, w in enumerate(workers) if w.returncode not in (None, 0)]
-        if failed and deadline is None:
-            rank, code = failed[0]
-            first_failure = _exit_code(code)
+    """The first failure's exit code, once all workers have ended or their time is up."""
+    cause = 0
+    deadline = float("inf")
+    while any(worker.poll() is None for worker in workers) and time.monotonic() < deadline:
+        if cause == 0 and (cause := _cause(workers)) != 0:
             deadline = time.monotonic() + grace_seconds
-            if first_failure < 128:  # one that a signal ended took the others with it
-                log.debug("Worker %d ended with exit code %d; stopping the others.", rank, code)
+            log.warning("A worker ended with exit code %d; stopping the others.", cause)
             _send(workers, signal.SIGTERM)
-        if deadline is not None and time.monotonic() > deadline:
-            log.warning("Workers did not end within %.0f s; killing them.", grace_seconds)
-            return first_failure
         time.sleep(POLL_SECONDS)
-    codes = [worker.returncode for worker in workers if worker.returncode != 0]
-    return first_failure or (_exit_code(codes[0]) if codes else 0)
+    if any(worker.poll() is None for worker in workers):
+        log.warning("Workers did not end within %.0f s; killing them.", grace_seconds)
+    return cause or _cause(workers)
+
+
+def _cause(workers: Sequence[subprocess.Popen[bytes]]) -> int:
+    """The exit code that tells most among the workers that have failed so far; 0 if none has.
+
+    A worker whose partner dies in a collective fails with a traceback, exit code 1, within the
+    blink between two looks; so any other code is the likelier cause.
+    """
+    codes = [_exit_code(worker.returncode) for worker in workers if worker.returncode]
+    return next((code for code in codes if code != 1), codes[0] if codes else 0)
 
 
 def _exit_code(returncode: int) -> int:

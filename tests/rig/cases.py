@@ -2,23 +2,130 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import os
+import signal
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from burnish.engine.base import Engine, StepResult
+from burnish.errors import BurnishError
+from burnish.records import MicroBatch, StepStats
 from burnish.runtime import Ranks
-from rig.runs import run_case
+from burnish.train.loop import TrainJob, train
+from rig.runs import Memory, make_job, run_case, summary, weights_hash
+from rig.toy import toy_config
+
+
+class PoisonedEngine(Engine):
+    """An engine whose loss is not finite at chosen steps on one rank, or on none."""
+
+    def __init__(self, inner: Engine, poison: Mapping[int, float]) -> None:
+        self._inner = inner
+        self._poison = poison
+        self._step = 1
+
+    @property
+    def device(self) -> torch.device:
+        return self._inner.device
+
+    def forward_backward(self, micro_batch: MicroBatch, total_weight: float) -> torch.Tensor:
+        return self._inner.forward_backward(micro_batch, self._poison.get(self._step, total_weight))
+
+    def step(self, lr: float) -> StepResult:
+        self._step += 1
+        return self._inner.step(lr)
+
+    def evaluate(self, micro_batch: MicroBatch) -> torch.Tensor:
+        return self._inner.evaluate(micro_batch)
+
+    def save_state(self, folder: Path) -> Sequence[Path]:
+        return self._inner.save_state(folder)
+
+    def load_state(self, folder: Path) -> None:
+        self._inner.load_state(folder)
+
+    def export_state(self) -> dict[str, torch.Tensor] | None:
+        return self._inner.export_state()
+
+
+@dataclass
+class HashingMemory(Memory):
+    """Also keeps a hash of the weights after every step."""
+
+    engine: Engine | None = None
+    hashes: list[str | None] = field(default_factory=list)
+
+    def train(self, stats: StepStats) -> None:
+        super().train(stats)
+        assert self.engine is not None
+        weights = self.engine.export_state()
+        self.hashes.append(None if weights is None else weights_hash(weights))
+
+
+@dataclass
+class SignallingMemory(Memory):
+    """Sends this process a signal when a step has been recorded."""
+
+    at_step: int = 0
+    number: int = signal.SIGKILL
+
+    def train(self, stats: StepStats) -> None:
+        super().train(stats)
+        if stats.step == self.at_step:
+            os.kill(os.getpid(), self.number)
 
 
 def plain(case: Mapping[str, Any], ranks: Ranks, output_dir: Path) -> dict[str, Any]:
-    """Train as the settings say."""
+    """Train as the settings say; `folder` names a run to share."""
+    folder = output_dir.parent / case.get("folder", output_dir.name)
     return run_case(
         case["settings"],
         ranks,
-        output_dir,
+        folder,
         evaluate=case.get("evaluate", False),
         tied=case.get("tied", False),
     )
 
 
-CASES: dict[str, Callable[[Mapping[str, Any], Ranks, Path], dict[str, Any]]] = {"plain": plain}
+def poisoned(case: Mapping[str, Any], ranks: Ranks, output_dir: Path) -> dict[str, Any]:
+    """Train with losses that are not finite at `steps`, on the last rank only."""
+    is_last = ranks.rank == ranks.world_size - 1
+    poison = {int(step): float(value) for step, value in case["steps"].items()} if is_last else {}
+    job = make_job(toy_config(output_dir, case["settings"]), ranks)
+    engine = PoisonedEngine(job.engine, poison)
+    job = replace(job, engine=engine, recorder=HashingMemory(engine=engine))
+    return {**_attempt(job), "hashes": job.recorder.hashes}  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def signalled(case: Mapping[str, Any], ranks: Ranks, output_dir: Path) -> dict[str, Any]:
+    """Send the last rank a signal after a step."""
+    folder = output_dir.parent / case.get("folder", output_dir.name)
+    job = make_job(toy_config(folder, case["settings"]), ranks)
+    if ranks.rank == ranks.world_size - 1:
+        job = replace(job, recorder=SignallingMemory(at_step=case["at_step"], number=case["signal"]))
+    return _attempt(job)
+
+
+def _attempt(job: TrainJob) -> dict[str, Any]:
+    error: BurnishError | None = None
+    try:
+        train(job)
+    except BurnishError as caught:
+        error = caught
+    return {
+        **summary(job),
+        "error": None if error is None else type(error).__name__,
+        "message": str(error),
+        "exit_code": 0 if error is None else error.exit_code,
+    }
+
+
+CASES: dict[str, Callable[[Mapping[str, Any], Ranks, Path], dict[str, Any]]] = {
+    "plain": plain,
+    "poisoned": poisoned,
+    "signalled": signalled,
+}

@@ -32,7 +32,7 @@ def try_cases(
     source = str(TESTS.parent / "src")
     path = os.pathsep.join([source, str(TESTS), os.environ.get("PYTHONPATH", "")])
     with mock.patch.dict(os.environ, {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}):
-        code = launch(num_processes, [sys.executable, "-m", "rig.worker", str(listing), str(out_dir)], 20)
+        code = launch(num_processes, [sys.executable, "-m", "rig.worker", str(listing), str(out_dir)], 20.0)
     results = {
         name: json.loads(file.read_text()) for name in cases if (file := out_dir / f"{name}.0.json").exists()
     }

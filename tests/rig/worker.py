@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from pathlib import Path
 
 import torch
@@ -27,7 +28,9 @@ def main() -> None:
     setup_logging(ranks)
     start_process_group(ranks, pick_device(ranks), timeout_seconds=120)
     for name, case in cases.items():
+        started = time.perf_counter()
         result = CASES[case["kind"]](case, ranks, out_dir / name)
+        result["seconds"] = time.perf_counter() - started
         path = out_dir / f"{name}.{ranks.rank}.json"
         path.write_text(json.dumps(result))
     stop_process_group()

@@ -172,7 +172,7 @@ def check_fingerprints(
         head = Problem(
             str(path),
             "belongs to a run that was made from something else; what changed:",
-            "Undo the change to go on, choose another output_dir, or start over with checkpoint.resume: never.",
+            "Undo the change, choose another output_dir, or start over with checkpoint.resume: never.",
         )
         raise CheckpointError(head, *problems)
 

@@ -158,7 +158,7 @@ class DeepSpeedEngine(Engine):
         self._engine.save_checkpoint(
             str(folder), tag=TAG, save_latest=False, exclude_frozen_parameters=self._adapter_only
         )
-        files = sorted(path for path in (folder / TAG).rglob("*") if path.is_file())
+        files = sorted(path for path in folder.rglob("*") if path.is_file())
         return [path for path in files if self._wrote(path)]
 
     def _wrote(self, path: Path) -> bool:

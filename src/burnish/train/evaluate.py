@@ -16,8 +16,8 @@ from burnish.engine.base import Engine
 from burnish.records import EvalStats
 from burnish.runtime import Ranks, sum_over_ranks
 
-Cuts = Sequence[Sequence[Int64[np.ndarray, " documents"]]]
-"""`cuts[rank][m]`: the example numbers of micro-batch m on that rank."""
+Cuts = Sequence[Sequence[Int64[np.ndarray, " _"]]]
+"""`cuts[rank][m]`: the example numbers of micro-batch m on that rank; lengths differ."""
 
 
 def evaluate(
@@ -62,10 +62,9 @@ def evaluate(
     weight = np.bincount(store.source_ids, weights=store.total_weight, minlength=len(totals))
     supervised = np.bincount(store.source_ids, weights=store.num_supervised, minlength=len(totals))
     sources_stats = {
-        name: _loss_entry(totals[i], weight[i], int(supervised[i]))
-        for i, name in enumerate(store.source_names)
+        name: _loss_entry(totals[i], weight[i], supervised[i]) for i, name in enumerate(store.source_names)
     }
-    total = _loss_entry(totals.sum(), weight.sum(), int(supervised.sum()))
+    total = _loss_entry(totals.sum(), weight.sum(), supervised.sum())
     return EvalStats(
         step=step,
         loss=total["loss"],
@@ -76,10 +75,10 @@ def evaluate(
     )
 
 
-def _loss_entry(nll: float, weight: float, num_supervised_tokens: int) -> dict[str, float]:
+def _loss_entry(nll: float, weight: float, num_supervised_tokens: float) -> dict[str, float]:
     loss = float(nll / weight) if weight > 0 else float("nan")
     try:
         perplexity = math.exp(loss)
     except OverflowError:
         perplexity = float("inf")
-    return {"loss": loss, "perplexity": perplexity, "num_supervised_tokens": num_supervised_tokens}
+    return {"loss": loss, "perplexity": perplexity, "num_supervised_tokens": float(num_supervised_tokens)}

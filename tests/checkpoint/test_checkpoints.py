@@ -1,0 +1,258 @@
+"""The protocol of checkpoints: whole or not there, verified before use, never a silent restart."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from burnish.checkpoint import commit
+from burnish.checkpoint.commit import save_checkpoint
+from burnish.checkpoint.manifest import FOLDER, checkpoint_path, committed_paths, verify
+from burnish.checkpoint.resume import find_checkpoint, load_checkpoint
+from burnish.checkpoint.retention import list_checkpoints, prune, prune_verified
+from burnish.engine.base import Engine, StepResult
+from burnish.errors import CheckpointError
+from burnish.records import MicroBatch, TrainState
+from burnish.runtime import Ranks
+
+ALONE = Ranks(0, 0, 1)
+
+
+class OneNumber(Engine):
+    """An engine whose whole state is one number, in two files."""
+
+    def __init__(self, number: int = 0) -> None:
+        self.number = number
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device("cpu")
+
+    def forward_backward(self, micro_batch: MicroBatch, total_weight: float) -> torch.Tensor:
+        raise NotImplementedError
+
+    def step(self, lr: float) -> StepResult:
+        raise NotImplementedError
+
+    def evaluate(self, micro_batch: MicroBatch) -> torch.Tensor:
+        raise NotImplementedError
+
+    def save_state(self, folder: Path) -> Sequence[Path]:
+        (folder / "deep").mkdir()
+        files = [folder / "number.json", folder / "deep" / "again.json"]
+        for path in files:
+            path.write_text(json.dumps(self.number))
+        return files
+
+    def load_state(self, folder: Path) -> None:
+        self.number = json.loads((folder / "deep" / "again.json").read_text())
+
+    def export_state(self) -> dict[str, torch.Tensor] | None:
+        return None
+
+
+def state_at(step: int, best: int | None = None, data: str = "abc") -> TrainState:
+    return TrainState(
+        step=step,
+        epoch=0,
+        num_examples=step,
+        num_tokens=step,
+        num_supervised_tokens=step,
+        best_eval_loss=None if best is None else 1.5,
+        best_eval_step=best,
+        num_skipped_in_a_row=0,
+        rng={},
+        fingerprints={"data": data},
+        versions={},
+        world_size=1,
+    )
+
+
+def save(run_dir: Path, step: int, best: int | None = None) -> Path:
+    return save_checkpoint(OneNumber(step), state_at(step, best), run_dir, ALONE)
+
+
+def test_saved_and_loaded(tmp_path: Path) -> None:
+    path = save(tmp_path, 7)
+    # Not Python's own random: beartype draws from it to pick what it checks.
+    drawn = (np.random.random(), torch.rand(3))
+    assert path == checkpoint_path(tmp_path, 7)
+    assert verify(path) == []
+    assert sorted(p.name for p in path.iterdir()) == ["MANIFEST.json", "engine", "state.json"]
+    assert [p.name for p in (tmp_path / FOLDER).iterdir()] == ["step-00000007"]
+    engine = OneNumber()
+    found = find_checkpoint(tmp_path, "auto", ALONE)
+    assert found == path
+    state = load_checkpoint(path, engine, ALONE, {"data": "abc"})
+    assert (engine.number, state.step) == (7, 7)
+    again = (np.random.random(), torch.rand(3))
+    assert drawn[0] == again[0]
+    assert torch.equal(drawn[1], again[1])
+
+
+def flip_byte(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[0] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    ("name", "damage", "says"),
+    [
+        ("engine/number.json", "flip", "damaged"),
+        ("engine/deep/again.json", "cut", "bytes instead of"),
+        ("engine/number.json", "remove", "cannot be read"),
+        ("state.json", "flip", "damaged"),
+        ("MANIFEST.json", "remove", "never finished"),
+        ("MANIFEST.json", "cut", "cannot be read"),
+    ],
+)
+def test_damage_is_found_and_the_one_before_is_taken(
+    tmp_path: Path, name: str, damage: str, says: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    save(tmp_path, 1)
+    newest = save(tmp_path, 2)
+    target = newest / name
+    if damage == "flip":
+        flip_byte(target)
+    elif damage == "cut":
+        target.write_bytes(target.read_bytes()[:-1] if name != "MANIFEST.json" else b'{"version"')
+    else:
+        target.unlink()
+    assert says in " ".join(verify(newest))
+    assert find_checkpoint(tmp_path, "auto", ALONE) == checkpoint_path(tmp_path, 1)
+    # The damaged one is kept, but where no later resume or prune mistakes it for the newest.
+    assert [p.name for p in committed_paths(tmp_path)] == ["step-00000001"]
+    assert (tmp_path / FOLDER / "set-aside" / "step-00000002").is_dir()
+
+
+def test_never_a_silent_restart(tmp_path: Path) -> None:
+    assert find_checkpoint(tmp_path, "auto", ALONE) is None
+    with pytest.raises(CheckpointError, match="there is no checkpoint"):
+        find_checkpoint(tmp_path, "must", ALONE)
+    with pytest.raises(CheckpointError, match="elsewhere"):
+        find_checkpoint(tmp_path, str(tmp_path / "elsewhere"), ALONE)
+    flip_byte(save(tmp_path, 1) / "engine" / "number.json")
+    with pytest.raises(CheckpointError, match="none of 1 checkpoints is whole"):
+        find_checkpoint(tmp_path, "auto", ALONE)
+    assert committed_paths(tmp_path) == [checkpoint_path(tmp_path, 1)]
+
+
+def test_resume_never_keeps_the_old_ones_out_of_the_way(tmp_path: Path) -> None:
+    save(tmp_path, 3)
+    assert find_checkpoint(tmp_path, "never", ALONE) is None
+    assert committed_paths(tmp_path) == []
+    save(tmp_path, 3)
+    assert find_checkpoint(tmp_path, "never", ALONE) is None
+    aside = sorted(p.name for p in (tmp_path / FOLDER / "set-aside").iterdir())
+    assert aside == ["step-00000003", "step-00000003-2"]
+
+
+def test_resume_from_a_path_gives_up_what_came_after(tmp_path: Path) -> None:
+    for step in (1, 2, 3):
+        save(tmp_path, step)
+    chosen = checkpoint_path(tmp_path, 2)
+    assert find_checkpoint(tmp_path, str(chosen), ALONE) == chosen
+    assert committed_paths(tmp_path) == [chosen, checkpoint_path(tmp_path, 1)]
+
+
+def test_other_run_is_refused_with_what_changed(tmp_path: Path) -> None:
+    path = save(tmp_path, 1)
+    engine = OneNumber()
+    now = {"data": "xyz", "template": "new"}
+    with pytest.raises(CheckpointError, match="data: was abc, is xyz") as caught:
+        load_checkpoint(path, engine, ALONE, now)
+    assert "template: was absent, is new" in str(caught.value)
+    assert engine.number == 0
+    state = load_checkpoint(path, engine, ALONE, now, allowed_changes=["data", "template"])
+    assert (engine.number, dict(state.fingerprints)) == (1, now)
+
+
+def test_prune_keeps_newest_best_and_protected(tmp_path: Path) -> None:
+    for step in range(1, 8):
+        save(tmp_path, step, best=2 if step >= 2 else None)
+    (tmp_path / FOLDER / ".staging-step-00000008").mkdir()
+    prune(tmp_path, 2, [checkpoint_path(tmp_path, 4)])
+    assert [p.name[-1] for p in committed_paths(tmp_path)] == ["7", "6", "4", "2"]
+    assert not (tmp_path / FOLDER / ".staging-step-00000008").exists()
+
+
+def test_damaged_newer_ones_do_not_push_out_the_last_whole_one(tmp_path: Path) -> None:
+    for step in (1, 2, 3):
+        save(tmp_path, step)
+    flip_byte(checkpoint_path(tmp_path, 3) / "engine" / "number.json")
+    (checkpoint_path(tmp_path, 2) / "MANIFEST.json").unlink()
+    prune_verified(tmp_path, 1)
+    assert checkpoint_path(tmp_path, 1) in committed_paths(tmp_path)
+
+
+def test_list(tmp_path: Path) -> None:
+    for step in (1, 2):
+        save(tmp_path, step)
+    flip_byte(checkpoint_path(tmp_path, 2) / "engine" / "number.json")
+    listed = list_checkpoints(tmp_path)
+    assert [(c.step, c.problems, c.world_size) for c in listed] == [(2, (), 1), (1, (), 1)]
+    verified = list_checkpoints(tmp_path, verify_bytes=True)
+    assert [bool(c.problems) for c in verified] == [True, False]
+
+
+def test_file_that_no_rank_claims_fails_the_save(tmp_path: Path) -> None:
+    class Careless(OneNumber):
+        def save_state(self, folder: Path) -> Sequence[Path]:
+            return super().save_state(folder)[:1]
+
+    with pytest.raises(CheckpointError, match=r"again\.json"):
+        save_checkpoint(Careless(), state_at(1), tmp_path, ALONE)
+    assert committed_paths(tmp_path) == []
+
+
+@pytest.mark.parametrize("resaved", [False, True])
+def test_a_save_that_dies_anywhere_leaves_the_one_before(
+    tmp_path: Path, resaved: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Die at every call that touches the disk in turn: the newest whole one is always there."""
+    calls = {"left": -1}
+
+    class DiedError(BaseException):
+        pass
+
+    def dying(real):
+        def call(*args, **kwargs):
+            if calls["left"] == 0:
+                raise DiedError
+            calls["left"] -= 1
+            return real(*args, **kwargs)
+
+        return call
+
+    for name in ("fsync_path", "fsync_folders", "write_manifest", "write_state", "hash_file"):
+        monkeypatch.setattr(commit, name, dying(getattr(commit, name)))
+    monkeypatch.setattr(Path, "rename", dying(Path.rename))
+    save(tmp_path, 1)
+    if resaved:
+        save(tmp_path, 2)
+    died = 0
+    for moment in range(40):
+        calls["left"] = moment
+        try:
+            save(tmp_path, 2)
+        except DiedError:
+            died += 1
+            whole = [p for p in committed_paths(tmp_path) if not verify(p)]
+            assert checkpoint_path(tmp_path, 1) in whole
+            assert len(whole) == len(committed_paths(tmp_path))
+        else:
+            break
+    assert died > 8
+    assert verify(checkpoint_path(tmp_path, 2)) == []
+
+
+def test_full_disk_is_one_clear_error(tmp_path: Path) -> None:
+    (tmp_path / FOLDER).write_text("a file where the folder should be")
+    with pytest.raises(CheckpointError, match="could not be written"):
+        save(tmp_path, 1)

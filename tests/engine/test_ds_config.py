@@ -1,0 +1,53 @@
+"""The dict that DeepSpeed gets: the step recipe, whatever else is asked for."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from burnish.engine.ds_config import deepspeed_config
+from rig.toy import toy_config
+
+
+def built(settings: dict[str, Any], on_gpu: bool = False) -> dict[str, Any]:
+    return deepspeed_config(toy_config("out", settings), on_gpu=on_gpu)
+
+
+@pytest.mark.parametrize("stage", range(4))
+@pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32"])
+def test_recipe_is_always_there(stage: int, dtype: str) -> None:
+    settings = built({"engine.zero_stage": stage, "model.dtype": dtype})
+    assert settings["gradient_accumulation_steps"] == 1
+    assert settings["managed_gradient_accumulation"] is False
+    assert settings["zero_optimization"]["stage"] == stage
+    assert "optimizer" not in settings
+    assert "scheduler" not in settings
+    assert settings["gradient_clipping"] == 1.0
+
+
+def test_precision() -> None:
+    fp32 = built({"model.dtype": "fp32"})
+    assert not {"bf16", "fp16", "torch_autocast"} & fp32.keys()
+    bf16 = built({"model.dtype": "bf16"})
+    assert bf16["bf16"]["enabled"]
+    assert bf16["data_types"] == {"grad_accum_dtype": "fp32"}
+    plain = built({"model.dtype": "bf16", "engine.zero_stage": 0})
+    assert plain["torch_autocast"]["enabled"]
+    assert "bf16" not in plain
+    assert built({"model.dtype": "fp16"})["fp16"]["loss_scale"] == 0
+
+
+def test_no_clipping_is_zero() -> None:
+    assert built({"optim.max_grad_norm": None})["gradient_clipping"] == 0.0
+
+
+def test_offload() -> None:
+    settings = built(
+        {"engine.zero_stage": 3, "engine.offload_optimizer": "cpu", "engine.offload_params": "nvme"},
+        on_gpu=True,
+    )
+    zero = settings["zero_optimization"]
+    assert zero["offload_optimizer"] == {"device": "cpu", "pin_memory": True}
+    assert zero["offload_param"]["nvme_path"].startswith("out/")
+    assert "aio" in settings

@@ -1,0 +1,130 @@
+"""The loop in one process: when it evaluates, saves, and stops."""
+
+from __future__ import annotations
+
+import math
+import os
+import signal
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from burnish.checkpoint.manifest import checkpoint_path, committed_paths
+from burnish.errors import InterruptedRunError
+from burnish.records import StepStats
+from burnish.runtime import Ranks
+from burnish.train.loop import train
+from burnish.train.signals import StopRequest
+from rig.runs import Memory, make_job, run_case, summary
+from rig.toy import toy_config
+
+ALONE = Ranks(0, 0, 1)
+LORA = {"kind": "lora", "rank": 4, "alpha": 8, "dropout": 0.2}
+
+
+class SendsSignal(Memory):
+    at_step = 3
+
+    def train(self, stats: StepStats) -> None:
+        super().train(stats)
+        if stats.step == self.at_step:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_evaluates_before_between_and_after(tmp_path: Path) -> None:
+    result = run_case({"eval.every_steps": 4}, ALONE, tmp_path, evaluate=True)
+    assert [e[0] for e in result["evals"]] == [0, 4, 6]
+
+
+def test_evaluation_is_by_token_over_every_example(tmp_path: Path) -> None:
+    job = make_job(toy_config(tmp_path, {"train.max_steps": 1}), ALONE, evaluate=True)
+    store, cuts = job.eval_store, job.eval_cuts
+    assert store is not None
+    assert cuts is not None
+    assert sorted(int(i) for cut in cuts[0] for i in cut) == list(range(len(store.num_tokens)))
+    train(job)
+    memory = job.recorder
+    assert isinstance(memory, Memory)
+    last = memory.evals[-1]
+    weights = np.bincount(store.source_ids, weights=store.total_weight)
+    losses = [last.sources[name]["loss"] for name in store.source_names]
+    assert last.loss == pytest.approx(float(np.average(losses, weights=weights)), rel=1e-9)
+    assert last.perplexity == pytest.approx(math.exp(last.loss))
+    assert last.num_supervised_tokens == store.num_supervised.sum()
+
+
+def test_best_is_exported_when_it_is_better(tmp_path: Path) -> None:
+    exported: list[int] = []
+    job = make_job(toy_config(tmp_path, {"eval.every_steps": 1}), ALONE, evaluate=True)
+    memory = job.recorder
+    assert isinstance(memory, Memory)
+    job = replace(job, export_best=lambda state: exported.append(state.step))
+    state = train(job)
+    best = math.inf
+    expected = []
+    for stats in memory.evals[1:]:  # the untrained model is never the best
+        if stats.loss < best:
+            best = stats.loss
+            expected.append(stats.step)
+    assert exported == expected
+    assert (state.best_eval_step, state.best_eval_loss) == (expected[-1], best)
+
+
+def test_checkpoints_every_so_many_steps(tmp_path: Path) -> None:
+    run_case({"checkpoint.every_steps": 1, "checkpoint.keep": 2}, ALONE, tmp_path)
+    assert [p.name for p in committed_paths(tmp_path)] == ["step-00000006", "step-00000005"]
+
+
+def test_no_checkpoint_unless_asked(tmp_path: Path) -> None:
+    run_case({}, ALONE, tmp_path)
+    assert committed_paths(tmp_path) == []
+
+
+@pytest.mark.parametrize("settings", [{}, {"adapter": LORA}, {"adapter": LORA, "model.dtype": "bf16"}])
+def test_signal_then_resume_to_the_bit(tmp_path: Path, settings: Mapping[str, Any]) -> None:
+    """Dropout included: random state comes back too."""
+    whole = run_case(settings, ALONE, tmp_path / "whole")
+    resumable = {**settings, "checkpoint.resume": "auto"}
+    job = replace(make_job(toy_config(tmp_path / "cut", resumable), ALONE), recorder=SendsSignal())
+    with pytest.raises(InterruptedRunError, match="after step 4") as caught:
+        train(job)
+    assert caught.value.exit_code == 143
+    first = summary(job)
+    second = run_case(resumable, ALONE, tmp_path / "cut")
+    assert first["losses"] + second["losses"] == whole["losses"]
+    assert first["norms"] + second["norms"] == whole["norms"]
+    assert second["hash"] == whole["hash"]
+
+
+def test_finished_run_has_nothing_to_do(tmp_path: Path) -> None:
+    settings = {"checkpoint.every_steps": 3, "checkpoint.resume": "auto"}
+    done = run_case(settings, ALONE, tmp_path)
+    again = run_case(settings, ALONE, tmp_path)
+    assert again["losses"] == []
+    assert again["hash"] == done["hash"]
+
+
+def test_resume_from_an_older_path(tmp_path: Path) -> None:
+    settings = {"checkpoint.every_steps": 2, "checkpoint.keep": 9}
+    done = run_case(settings, ALONE, tmp_path)
+    older = checkpoint_path(tmp_path, 2)
+    again = run_case({**settings, "checkpoint.resume": str(older)}, ALONE, tmp_path)
+    assert again["losses"] == done["losses"][2:]
+    assert again["hash"] == done["hash"]
+
+
+def test_log_every_steps_keeps_first_and_last(tmp_path: Path) -> None:
+    result = run_case({"log.every_steps": 4}, ALONE, tmp_path)
+    assert len(result["losses"]) == 3  # steps 1, 4, 6
+
+
+def test_second_signal_acts_as_without_us() -> None:
+    with StopRequest() as stop:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stop.received is signal.SIGINT
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)

@@ -1,0 +1,227 @@
+"""The same run on one process and on two, under every engine: real DeepSpeed over gloo.
+
+Two groups of two processes run everything, because importing deepspeed takes longer than training
+the toy; the tests then look at what they found.
+"""
+
+from __future__ import annotations
+
+import math
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from burnish.checkpoint.manifest import committed_paths, verify
+from burnish.runtime import Ranks
+from rig.runs import run_case
+from rig.spawn import run_cases, try_cases
+
+ALONE = Ranks(0, 0, 1)
+LORA = {"kind": "lora", "rank": 4, "alpha": 8}
+ENGINES: dict[str, dict[str, Any]] = {
+    "local": {"engine.kind": "local"},
+    **{f"zero{stage}": {"engine.kind": "deepspeed", "engine.zero_stage": stage} for stage in range(4)},
+}
+CUTS: dict[str, dict[str, Any]] = {
+    "packed": {},
+    "padded-4x": {"data.packing": "off", "batch.micro_tokens": 256},
+    "packed-4x": {"batch.micro_tokens": 256},
+}
+ONE_IDEA = [(engine, cut) for engine in ENGINES for cut in CUTS if cut != "packed-4x" or engine == "local"]
+FP32_VARIANTS = [
+    *((engine, "lora") for engine in ENGINES),
+    *((engine, "tied") for engine in ("zero0", "zero3")),
+    *((engine, "no-clip") for engine in ("local", "zero0", "zero2")),
+]
+BF16_VARIANTS = [(engine, variant) for engine in ENGINES for variant in ("bf16", "bf16-lora")]
+POISONED = [(engine, "fp32") for engine in ENGINES] + [(f"zero{stage}", "bf16") for stage in (1, 2, 3)]
+STOPPED = ("local", "zero3")
+SIGNALLED = ("local", "zero0", "zero1", "zero3")
+VARIANTS: dict[str, dict[str, Any]] = {
+    "packed": {},
+    "tied": {},
+    "lora": {"adapter": LORA},
+    "bf16": {"model.dtype": "bf16"},
+    "bf16-lora": {"model.dtype": "bf16", "adapter": LORA},
+    "no-clip": {"optim.max_grad_norm": None},
+}
+RESUMABLE = {"checkpoint.every_steps": 2, "checkpoint.resume": "auto"}
+SIGNALLED_SETTINGS = {"checkpoint.resume": "auto", "adapter": LORA}
+KILLED = {**RESUMABLE, **ENGINES["zero2"]}
+STOPPED_SETTINGS = {"checkpoint.resume": "auto", "train.max_steps": 9}
+
+
+def _first_cases() -> dict[str, Any]:
+    cases: dict[str, Any] = {}
+    for engine, cut in ONE_IDEA:
+        settings = {**ENGINES[engine], **CUTS[cut]}
+        cases[f"{engine}-{cut}"] = {"kind": "plain", "settings": settings, "evaluate": cut != "packed-4x"}
+    for engine, variant in FP32_VARIANTS + BF16_VARIANTS:
+        settings = {**ENGINES[engine], **VARIANTS[variant]}
+        cases[f"{engine}-{variant}"] = {"kind": "plain", "settings": settings, "tied": variant == "tied"}
+    for engine, dtype in POISONED:
+        settings = {**ENGINES[engine], "model.dtype": dtype}
+        cases[f"{engine}-poisoned-{dtype}"] = {
+            "kind": "poisoned",
+            "settings": settings,
+            "steps": {2: "nan", 3: 0.0},
+        }
+    for engine in STOPPED:
+        settings = {**ENGINES[engine], **STOPPED_SETTINGS}
+        steps = dict.fromkeys(range(4, 10), "nan")
+        cases[f"{engine}-stopped"] = {"kind": "poisoned", "settings": settings, "steps": steps}
+    for engine in SIGNALLED:
+        settings = {**ENGINES[engine], **SIGNALLED_SETTINGS}
+        number = int(signal.SIGTERM)
+        cases[f"{engine}-signalled"] = {
+            "kind": "signalled",
+            "settings": settings,
+            "at_step": 3,
+            "signal": number,
+        }
+    # The last one: it kills a worker.
+    cases["killed"] = {"kind": "signalled", "settings": KILLED, "at_step": 5, "signal": int(signal.SIGKILL)}
+    return cases
+
+
+def _second_cases() -> dict[str, Any]:
+    cases: dict[str, Any] = {"resumed": {"kind": "plain", "folder": "killed", "settings": KILLED}}
+    for engine in SIGNALLED:
+        settings = {**ENGINES[engine], **SIGNALLED_SETTINGS}
+        cases[f"{engine}-went-on"] = {
+            "kind": "plain",
+            "folder": f"{engine}-signalled",
+            "settings": settings,
+        }
+    for engine in STOPPED:
+        settings = {**ENGINES[engine], **STOPPED_SETTINGS, "checkpoint.resume": "must"}
+        cases[f"{engine}-recovered"] = {
+            "kind": "plain",
+            "folder": f"{engine}-stopped",
+            "settings": settings,
+        }
+        settings = {**ENGINES[engine], **STOPPED_SETTINGS}
+        cases[f"{engine}-9-steps"] = {"kind": "plain", "settings": settings}
+    return cases
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("processes")
+
+
+@pytest.fixture(scope="module")
+def first(folder: Path) -> dict[str, Any]:
+    """What two processes found, until one was killed."""
+    code, results = try_cases(_first_cases(), folder, 2)
+    assert code == 128 + signal.SIGKILL
+    assert set(results) == set(_first_cases()) - {"killed"}
+    return results
+
+
+@pytest.fixture(scope="module")
+def second(first: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """What a new group of two processes found in the folders that the first had left."""
+    return run_cases(_second_cases(), folder, 2)
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """One process, plain PyTorch: what every other run must agree with."""
+    folder = tmp_path_factory.mktemp("alone")
+    return {
+        name: run_case(s, ALONE, folder / name, evaluate=name == "packed", tied=name == "tied")
+        for name, s in VARIANTS.items()
+    }
+
+
+@pytest.mark.parametrize(("engine", "cut"), ONE_IDEA)
+def test_one_idea(engine: str, cut: str, first: dict[str, Any], alone: dict[str, Any]) -> None:
+    """Ranks, engine, packing and budget move nothing: not the examples, the loss or the norm."""
+    result, reference = first[f"{engine}-{cut}"], alone["packed"]
+    assert len(result["losses"]) == 6
+    assert result["example_ids"] == reference["example_ids"]
+    assert result["losses"] == pytest.approx(reference["losses"], rel=2e-5)
+    assert result["norms"] == pytest.approx(reference["norms"], rel=2e-5)
+    if cut == "packed-4x":
+        return
+    assert [e[0] for e in result["evals"]] == [0, 6]
+    for ours, theirs in zip(result["evals"], reference["evals"], strict=True):
+        assert ours[1] == pytest.approx(theirs[1], rel=2e-5)
+        assert ours[2] == pytest.approx(theirs[2], rel=2e-5)
+
+
+def test_cuts_really_differ(first: dict[str, Any], alone: dict[str, Any]) -> None:
+    assert max(alone["packed"]["micro_batches"]) >= 4
+    assert first["local-packed"]["micro_batches"] != alone["packed"]["micro_batches"]
+    assert max(first["local-packed-4x"]["micro_batches"]) == 1
+    assert max(first["zero3-packed"]["micro_batches"]) > 1
+
+
+@pytest.mark.parametrize(("engine", "variant"), FP32_VARIANTS)
+def test_variants_in_fp32(engine: str, variant: str, first: dict[str, Any], alone: dict[str, Any]) -> None:
+    result, reference = first[f"{engine}-{variant}"], alone[variant]
+    assert result["losses"] == pytest.approx(reference["losses"], rel=2e-5)
+    assert result["norms"] == pytest.approx(reference["norms"], rel=2e-5)
+    assert result["shapes"] == reference["shapes"]
+
+
+@pytest.mark.parametrize(("engine", "variant"), BF16_VARIANTS)
+def test_variants_in_bf16(engine: str, variant: str, first: dict[str, Any], alone: dict[str, Any]) -> None:
+    """bf16 keeps 8 bits: losses agree to 1 %, norms of this tiny model to 5 %."""
+    result, reference = first[f"{engine}-{variant}"], alone[variant]
+    assert result["losses"] == pytest.approx(reference["losses"], rel=1e-2)
+    assert result["norms"] == pytest.approx(reference["norms"], rel=5e-2)
+    assert result["shapes"] == reference["shapes"]
+
+
+@pytest.mark.parametrize(("engine", "dtype"), POISONED)
+def test_not_finite_is_skipped_by_all(engine: str, dtype: str, first: dict[str, Any]) -> None:
+    """NaN, then infinity, on one of two ranks: nobody's weights move, and the run goes on."""
+    result = first[f"{engine}-poisoned-{dtype}"]
+    assert result["error"] is None
+    assert result["applied"] == [True, False, False, True, True, True]
+    hashes = result["hashes"]
+    assert hashes[0] == hashes[1] == hashes[2] != hashes[3]
+    assert all(math.isfinite(norm) for norm in result["norms"][3:])
+    skipped = [e for e in result["events"] if e["kind"] == "skipped"]
+    assert [e["example_ids"] for e in skipped] == result["example_ids"][1:3]
+
+
+@pytest.mark.parametrize("engine", STOPPED)
+def test_stops_itself_with_a_checkpoint_from_before(
+    engine: str, first: dict[str, Any], second: dict[str, Any]
+) -> None:
+    stopped = first[f"{engine}-stopped"]
+    assert (stopped["error"], stopped["exit_code"]) == ("TrainingStoppedError", 5)
+    assert stopped["applied"] == [True] * 3 + [False] * 3
+    whole = second[f"{engine}-9-steps"]
+    recovered = second[f"{engine}-recovered"]
+    assert recovered["losses"] == whole["losses"][3:]
+    assert recovered["hash"] == whole["hash"]
+
+
+@pytest.mark.parametrize("engine", SIGNALLED)
+def test_signal_saves_and_the_next_run_goes_on(
+    engine: str, first: dict[str, Any], second: dict[str, Any]
+) -> None:
+    """One rank gets the signal, all stop after the same step; with LoRA, to the bit."""
+    stopped = first[f"{engine}-signalled"]
+    assert (stopped["error"], stopped["exit_code"]) == ("InterruptedRunError", 143)
+    done = len(stopped["losses"])
+    assert done == 4
+    uninterrupted, went_on = first[f"{engine}-lora"], second[f"{engine}-went-on"]
+    assert stopped["losses"] + went_on["losses"] == uninterrupted["losses"]
+    assert went_on["hash"] == uninterrupted["hash"]
+
+
+def test_killed_run_resumes_to_the_bit(first: dict[str, Any], second: dict[str, Any], folder: Path) -> None:
+    uninterrupted, resumed = first["zero2-packed"], second["resumed"]
+    assert resumed["events"][0]["kind"] == "resume"
+    assert resumed["losses"] == uninterrupted["losses"][4:]
+    assert resumed["hash"] == uninterrupted["hash"]
+    newest = committed_paths(folder / "killed")[0]
+    assert newest.name == "step-00000006"
+    assert verify(newest) == []
