@@ -39,8 +39,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 SPAN_ROWS = 2_000
-"""Rows of a source among which those to show are chosen, evenly: the first ones. Reading on to the end
-of a large file would take longer than anybody waits for a look."""
+"""Rows of a source among which those to show are chosen, evenly: the first ones, more only where more
+examples are asked for. Reading a large file to its end takes longer than anybody waits for a look."""
 NUM_ROUNDS = 4
 """How often more rows are taken where some of those taken gave no example."""
 NUM_EXAMPLES = 10
@@ -108,10 +108,12 @@ def gather(config: Config, num_examples: int, source: str | None = None, row: st
 
     Args, errors: as in `view`.
     """
+    if num_examples < 1:
+        raise ConfigError(Problem("-n", f"{num_examples} examples cannot be shown", "Give 1 or more."))
     tokenizer, template = load_tokenizer(config.model, config.data)
     encoder = Encoder(tokenizer, template, config.data)
-    chosen = _chosen(config, source)
-    piles = [_Pile(name, origin, encoder, config, row) for name, origin in chosen]
+    span = max(SPAN_ROWS, num_examples)
+    piles = [_Pile(name, origin, encoder, config, span, row) for name, origin in _chosen(config, source)]
     if row is not None and not any(pile.num_left for pile in piles):
         raise ConfigError(
             Problem("--row", f"there is no row {row!r}", "Give it as `file:line`, or the line.")
@@ -162,7 +164,13 @@ class _Pile:
     """The rows of one source among which some are taken, and what became of those."""
 
     def __init__(
-        self, name: str, source: SourceConfig, encoder: Encoder, config: Config, wanted: str | None
+        self,
+        name: str,
+        source: SourceConfig,
+        encoder: Encoder,
+        config: Config,
+        num_rows: int,
+        wanted: str | None,
     ) -> None:
         self.name = name
         self._encoder = encoder
@@ -176,7 +184,7 @@ class _Pile:
         # Where no row can be read there is no format either, and none is asked for: each row is a loss.
         self._format = detect_format(source, readable) if readable else RowFormat("messages", {})
         every = itertools.chain(first, rows)
-        self._rows = _only(every, wanted) if wanted else list(itertools.islice(every, SPAN_ROWS))
+        self._rows = _only(every, wanted) if wanted else list(itertools.islice(every, num_rows))
         self._left = list(range(len(self._rows)))
         self._shown: dict[int, _Shown] = {}
 

@@ -67,6 +67,13 @@ def test_rows_are_taken_alike_from_all_sources_and_spread_over_each(tmp_path):
     assert [example.source for example in gathered.examples[-1:]] == ["few"]
 
 
+def test_as_many_are_shown_as_asked_for(tmp_path):
+    config = view_config(tmp_path, {"a": [chat("Hi", "Hello")] * 2_100})
+    assert len(json_of(config, 2_050)) == 2_050
+    with pytest.raises(ConfigError, match="-n"):
+        gather(config, 0)
+
+
 def test_bad_rows_get_a_verdict_and_others_take_their_place(tmp_path):
     rows = [chat("Hi", "Hello"), '{"messages": [', chat("Hi", ""), chat("Hi", "there"), chat("Hi", "Paris")]
     gathered = gather(view_config(tmp_path, {"a": rows}, bad_row_rules={"empty_answer": "error"}), 3)
