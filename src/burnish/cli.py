@@ -1,0 +1,378 @@
+"""The verbs. They parse and print; what they do is elsewhere, imported when a verb needs it."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+from cyclopts import App, CycloptsError, Parameter
+
+from burnish import __version__
+from burnish.errors import EXIT_CONFIG, BurnishError, ConfigError, Problem, ProblemsError
+
+if TYPE_CHECKING:
+    from burnish.config.schema import Config
+
+Flags = Annotated[str, Parameter(allow_leading_hyphen=True, show=False)]
+"""CONFIG and dotted flags, in any order of flags, the file first."""
+AsJson = Annotated[bool, Parameter(name="--json", negative=())]
+
+app = App(
+    name="burnish",
+    version=__version__,
+    help="Supervised fine-tuning that can be trusted. Start with `burnish demo`, or "
+    "`burnish init DATA --model MODEL`. `burnish VERB --help` tells more, `--help-all` every key.",
+    help_flags=["--help", "-h"],
+)
+ckpt = App(name="ckpt", help="What a run can go on from: `ls`, `verify`, `prune`.")
+app.command(ckpt)
+
+
+@app.command
+def demo(*, out: Path = Path("runs/demo")) -> None:
+    """Make a tiny model and data, train, and answer held-out prompts before and after.
+
+    On the CPU, without a network, in minutes.
+
+    Parameters
+    ----------
+    out:
+        Where everything goes.
+    """
+    _log_to_stderr()
+    from burnish.demo.show import show
+
+    show(out)
+
+
+@app.command
+def init(*data: str, model: str = "MODEL", out: Path = Path("sft.yaml"), force: bool = False) -> None:
+    """Look at data and write a commented config that `train` takes as it is.
+
+    Parameters
+    ----------
+    data:
+        Files, folders, globs or hub names.
+    model:
+        Hub name or folder of the base model.
+    out:
+        The config file to write.
+    force:
+        Write over a file that is there.
+    """
+    from burnish.starter import write_config
+
+    for line in write_config(data, model, out, force):
+        _say(line)
+
+
+@app.command
+def check(*config: Flags, as_json: AsJson = False) -> None:
+    """Check CONFIG, data, template and tokens; print the data report. Loads no weights.
+
+    Takes dotted flags like `train`.
+
+    Parameters
+    ----------
+    as_json:
+        Print the report as JSON.
+    """
+    _log_to_stderr()
+    from burnish.preview import check_data
+
+    report, text = check_data(_load(config))
+    _say(json.dumps(report, indent=2) if as_json else text)
+
+
+@app.command
+def view(
+    *config: Flags,
+    num: Annotated[int | None, Parameter(name=["-n", "--num"])] = None,
+    html: Path | None = None,
+    as_json: AsJson = False,
+    source: str | None = None,
+    row: str | None = None,
+) -> None:
+    """Show examples of CONFIG as the model will see them, trained tokens in colour.
+
+    Takes dotted flags like `train`.
+
+    Parameters
+    ----------
+    num:
+        How many examples.
+    html:
+        Write a page there instead.
+    as_json:
+        One line of JSON per example: source, row, tokens, warnings.
+    source:
+        Only this source.
+    row:
+        Only this row: `train.jsonl:12`, or `12`.
+    """
+    _log_to_stderr()
+    from rich.console import Console
+
+    from burnish.view import view as show
+
+    show(_load(config), Console(), num, html, as_json, source, row, aside=Console(stderr=True))
+    if html is not None:
+        print(f"Wrote {html}.", file=sys.stderr)  # noqa: T201
+
+
+@app.command
+def plan(
+    *config: Flags, gpus: int | None = None, gpu_memory: str | None = None, as_json: AsJson = False
+) -> None:
+    """Say what training with CONFIG will do: steps, micro-batches, memory, time, disk.
+
+    Takes dotted flags like `train`.
+
+    Parameters
+    ----------
+    gpus:
+        How many GPUs to plan for; as many as `train` would use here unless given.
+    gpu_memory:
+        Memory of each, `80GB` or `24GiB`; or a name, `H100`.
+    as_json:
+        Print plan.json.
+    """
+    _log_to_stderr()
+    from burnish.preview import plan_run
+
+    planned = plan_run(_load(config), gpus, gpu_memory)
+    _say(json.dumps(planned.to_dict(), indent=2) if as_json else planned.describe())
+
+
+@app.command
+def train(*config: Flags) -> None:
+    """Train as CONFIG says. Keys may be given as flags; flags win over the file.
+
+    `burnish train sft.yaml --optim.lr 2e-5 --train.epochs 2`, or without a file
+    `burnish train --model.path M --data.train d.jsonl --output_dir out`.
+
+    What people set most (`--help-all` lists every key): `--model.path`, `--data.train`,
+    `--data.eval_fraction`, `--data.max_tokens`, `--data.chat_template`, `--adapter.rank` (LoRA),
+    `--adapter.quantize nf4` (QLoRA), `--batch.global_examples`, `--batch.micro_tokens`, `--optim.lr`,
+    `--train.epochs`, `--engine.zero_stage`, `--launch.num_processes`, `--checkpoint.every_steps`,
+    `--checkpoint.resume`, `--output_dir`.
+
+    Starts one process per GPU, or one on a machine without; works under torchrun, deepspeed and srun.
+    Run the same command again to go on from the newest whole checkpoint.
+    """
+    from burnish.launch import launch, num_workers
+
+    loaded = _load(config)
+    count = num_workers(loaded.launch)
+    if count > 1:
+        sys.exit(launch(count, [sys.executable, "-m", "burnish", "train", *config]))
+    _log_to_stderr()
+    from burnish.run import train as run
+
+    result = run(loaded)
+    if int(os.environ.get("RANK", "0")) == 0:
+        _say(f"The result is in {result.final_dir}. Talk to it: burnish chat {result.final_dir}")
+
+
+@app.command(name="eval")
+def evaluate(*target: Flags, data: list[str] | None = None, as_json: AsJson = False) -> None:
+    """Token-weighted loss and perplexity, per source, of CONFIG's result or of a MODEL folder.
+
+    Takes dotted flags like `train`, for example `--data.chat_template`.
+
+    Parameters
+    ----------
+    data:
+        Files to evaluate on; a CONFIG's `data.eval` unless given.
+    as_json:
+        Print one line like metrics.jsonl's.
+    """
+    _log_to_stderr()
+    from burnish.scoring import score
+
+    text = score(target, data or [], as_json)
+    _say(text)
+
+
+@app.command
+def chat(model: str, *, prompt: str | None = None, system: str | None = None, max_tokens: int = 512) -> None:
+    """Talk to a model or adapter.
+
+    Parameters
+    ----------
+    model:
+        Folder or hub name, for example runs/first/final.
+    prompt:
+        Answer this one and end.
+    system:
+        A system turn to begin with.
+    max_tokens:
+        Longest answer.
+    """
+    from burnish.talk import talk
+
+    talk(model, prompt, system, max_tokens)
+
+
+@app.command
+def merge(adapter: Path, out: Path, *, dtype: Literal["bf16", "fp16", "fp32"] = "bf16") -> None:
+    """Merge ADAPTER and its base to a full model in OUT, and show how far the two differ.
+
+    Parameters
+    ----------
+    adapter:
+        A run's final/ folder, or any peft folder.
+    out:
+        A folder that does not exist yet.
+    dtype:
+        What the merged weights are kept in.
+    """
+    from burnish.export.merge import merge as do
+
+    proof = do(adapter, out, dtype)
+    _say(f"Wrote {out} ({dtype}). Against base and adapter in fp32, on {proof.num_tokens} probe tokens:")
+    _say(f"  largest difference of a logit  {proof.max_abs_logit:.3g}")
+    _say(f"  KL divergence, mean and max    {proof.mean_kl:.3g}, {proof.max_kl:.3g} nats")
+    _say(f"  same likeliest next token      {proof.same_top_token:.1%}")
+
+
+@app.command
+def report(run: Path, *, out: Path | None = None) -> None:
+    """Write RUN (an output_dir) as one self-contained HTML page.
+
+    Parameters
+    ----------
+    run:
+        The run's folder.
+    out:
+        The page; RUN/report.html unless given.
+    """
+    from burnish.report.run_report import write_report
+
+    _say(f"Wrote {write_report(run, out)}.")
+
+
+@ckpt.command(name="ls")
+def ckpt_ls(run: Path) -> None:
+    """List RUN's checkpoints, newest first."""
+    _list_checkpoints(run, verify=False)
+
+
+@ckpt.command(name="verify")
+def ckpt_verify(run: Path) -> None:
+    """Read every byte of RUN's checkpoints; exit code 4 where one is damaged."""
+    sys.exit(_list_checkpoints(run, verify=True))
+
+
+@ckpt.command(name="prune")
+def ckpt_prune(run: Path, *, keep: int = 2) -> None:
+    """Remove old checkpoints of RUN; the newest that verifies and the best stay.
+
+    Parameters
+    ----------
+    keep:
+        How many to keep.
+    """
+    from burnish.checkpoint.retention import prune_verified
+
+    removed = prune_verified(run, keep)
+    for path in removed:
+        _say(f"removed {path}")
+    _say(f"{len(removed)} removed.")
+
+
+@app.command
+def doctor(*, folder: Path = Path(), ranks: int | None = None) -> None:
+    """Look at devices, driver, compiler, packages and disk, and let ranks talk to each other.
+
+    Parameters
+    ----------
+    folder:
+        Where runs would be written.
+    ranks:
+        How many processes to try; one per GPU, or two on a CPU, unless given.
+    """
+    from burnish.doctor import examine, examine_ranks
+    from burnish.runtime import ranks_from_environment
+
+    findings = [*examine(folder), examine_ranks(ranks_from_environment(), ranks)]
+    for finding in findings:
+        _say(str(finding))
+    if any(finding.state == "bad" for finding in findings):
+        sys.exit(4)
+
+
+@app.command
+def schema() -> None:
+    """Print the config's JSON schema, for editors."""
+    from burnish.config.names import config_schema
+
+    _say(json.dumps(config_schema(), indent=2))
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run a verb; the only place where errors become messages and exit codes."""
+    tokens = list(sys.argv[1:] if argv is None else argv)
+    try:
+        if "--help-all" in tokens:
+            from burnish.config.help import all_keys_text
+
+            _say(all_keys_text())
+            return
+        app(tokens, exit_on_error=False, print_error=False)
+    except CycloptsError as error:
+        _fail(str(error).strip(), EXIT_CONFIG)
+    except BurnishError as error:
+        _fail(str(error), error.exit_code, len(error.problems) if isinstance(error, ProblemsError) else 1)
+    except KeyboardInterrupt:
+        _fail("interrupted", 130)
+    except BrokenPipeError:  # the reader of our output went away (`| head`)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)
+
+
+def _load(tokens: Sequence[str]) -> Config:
+    """The config of a command line: at most one file, first, then flags."""
+    from burnish.config.load import load_config
+
+    file = Path(tokens[0]) if tokens and not tokens[0].startswith("-") else None
+    return load_config(file, tokens[1:] if file else tokens)
+
+
+def _list_checkpoints(run: Path, verify: bool) -> int:
+    from burnish.checkpoint.retention import list_checkpoints
+
+    if not run.is_dir():
+        raise ConfigError(Problem(str(run), "there is no such folder", "Give a run's output_dir."))
+    found = list_checkpoints(run, verify)
+    for info in found:
+        state = "; ".join(info.problems) or ("whole" if info.verified else "not read")
+        best = "  best" if info.best_eval_step == info.step else ""
+        ranks = "?" if info.world_size is None else str(info.world_size)
+        _say(f"step {info.step:>8}  {info.num_bytes / 2**20:>10.1f} MiB  {ranks} ranks  {state}{best}")
+    if not found:
+        _say(f"There are no checkpoints in {run}.")
+    return 4 if any(info.problems for info in found) else 0
+
+
+def _log_to_stderr() -> None:
+    from burnish.runtime import ranks_from_environment, setup_logging
+
+    setup_logging(ranks_from_environment())
+
+
+def _say(text: str) -> None:
+    print(text)  # noqa: T201
+
+
+def _fail(message: str, exit_code: int, num_problems: int = 1) -> None:
+    rank = os.environ.get("RANK", "0")
+    where = "" if rank == "0" else f"[rank {rank}] "
+    head = f"{num_problems} problems:\n" if num_problems > 1 else ""
+    sys.stdout.flush()
+    print(f"{where}burnish: {head}{message}", file=sys.stderr)  # noqa: T201
+    sys.exit(exit_code)

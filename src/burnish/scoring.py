@@ -1,0 +1,142 @@
+"""`burnish eval`: the training loop's own evaluation, on a finished model."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from burnish.config.load import load_config
+from burnish.config.schema import Config
+from burnish.errors import ConfigError, Problem
+from burnish.records import EvalStats
+
+
+def score(target: Sequence[str], data: Sequence[str], as_json: bool) -> str:
+    """Evaluate a config's result, or a model folder, and say how.
+
+    Args:
+        target: A config file or a model (folder or hub name), then dotted flags.
+        data: Files to evaluate on; none for the config's `data.eval`.
+        as_json: One line as in metrics.jsonl.
+
+    Raises:
+        ConfigError: There is nothing to evaluate on.
+    """
+    from burnish.metrics.lines import eval_line, to_json
+
+    with tempfile.TemporaryDirectory(prefix="burnish-eval-") as scratch:
+        config = _config(target, data, scratch)
+        stats = evaluate_model(config)
+    if as_json:
+        return to_json(eval_line(stats))
+    lines = [f"{'source':<32} {'loss':>10} {'perplexity':>12} {'tokens':>12}"]
+    for name, numbers in stats.sources.items():
+        lines.append(_line(name, numbers))
+    if len(stats.sources) > 1:
+        whole = {
+            "loss": stats.loss,
+            "perplexity": stats.perplexity,
+            "num_supervised_tokens": stats.num_supervised_tokens,
+        }
+        lines.append(_line("all", whole))
+    return "\n".join(lines)
+
+
+def evaluate_model(config: Config) -> EvalStats:
+    """Token-weighted loss of `model.path` (a model or an adapter) on `data.train`'s examples."""
+    from burnish.data.prepare import prepare
+    from burnish.data.tokenizer import load_tokenizer
+    from burnish.data.windows import eval_cuts
+    from burnish.engine.build import build_engine
+    from burnish.model.attention import can_isolate
+    from burnish.model.forward import SupervisedModel
+    from burnish.runtime import Ranks, pick_device
+    from burnish.train.evaluate import evaluate
+
+    ranks = Ranks(0, 0, 1)
+    device = pick_device(ranks)
+    tokenizer, template = load_tokenizer(config.model, config.data)
+    store = prepare(config, tokenizer, template).train
+    model = _load(config, len(tokenizer))
+    capability = can_isolate(model, config.model.attention, config.data.max_tokens, config.data.packing)
+    engine = build_engine(config, ranks, device, SupervisedModel(model, capability))
+    cuts = eval_cuts(store, config.batch, 1, capability.packed)
+    pad: Any = tokenizer.pad_token_id
+    return evaluate(engine, store, cuts, ranks, step=0, packed=capability.packed, pad_token_id=pad or 0)
+
+
+def _load(config: Config, tokenizer_size: int) -> Any:
+    """The model, or the adapter merged into its base (exact enough to measure: fp32)."""
+    import torch
+
+    if (Path(config.model.path) / "adapter_config.json").is_file():
+        from peft import AutoPeftModelForCausalLM
+
+        adapted: Any = AutoPeftModelForCausalLM.from_pretrained(config.model.path, dtype=torch.float32)
+        return adapted.merge_and_unload()
+    from burnish.model.load import load_model
+
+    return load_model(
+        config.model,
+        seed=0,
+        init_context=None,
+        param_dtype=torch.float32,
+        tokenizer_size=tokenizer_size,
+    )
+
+
+def _config(target: Sequence[str], data: Sequence[str], scratch: str) -> Config:
+    """One process, `data.train` holding what is evaluated, every row of it."""
+    if not target or target[0].startswith("-"):
+        raise ConfigError(
+            Problem("CONFIG or MODEL", "is missing", "burnish eval runs/first/final --data d.jsonl")
+        )
+    first, flags = target[0], list(target[1:])
+    is_file = Path(first).is_file()
+    base = load_config(Path(first), flags) if is_file else _config_of_model(first, flags, data, scratch)
+    sources = base.data.train if not is_file else _eval_sources(base, data)
+    model = base.model
+    final = Path(base.output_dir) / "final"
+    if is_file and final.is_dir():
+        model = model.model_copy(update={"path": str(final), "tokenizer": None, "init": "pretrained"})
+    changed = {
+        "model": model,
+        "adapter": None,
+        "data": base.data.model_copy(
+            update={"train": sources, "eval": None, "eval_fraction": 0.0, "mix": "concat"}
+        ),
+        "engine": base.engine.model_copy(update={"kind": "local"}),
+    }
+    return base.model_copy(update=changed)
+
+
+def _config_of_model(path: str, flags: list[str], data: Sequence[str], scratch: str) -> Config:
+    if not data:
+        raise ConfigError(Problem("--data", "is missing", "Say what to evaluate on: --data held-out.jsonl"))
+    sources = "[" + ", ".join(f'"{name}"' for name in data) + "]"
+    config = load_config(
+        None, ["--model.path", "a/b", "--data.train", sources, f"--output_dir={scratch}/run", *flags]
+    )
+    return config.model_copy(update={"model": config.model.model_copy(update={"path": path})})
+
+
+def _eval_sources(config: Config, data: Sequence[str]) -> Any:
+    from burnish.config.schema import SourceConfig
+
+    if data:
+        return tuple(SourceConfig(path=path) for path in data)
+    if config.data.eval is None:
+        cure = "Give --data FILE, or set data.eval."
+        raise ConfigError(Problem("data.eval", "is not set", cure))
+    return config.data.eval
+
+
+def _line(name: str, numbers: Any) -> str:
+    import math
+
+    perplexity = math.exp(numbers["loss"]) if numbers["loss"] < 700 else float("inf")
+    tokens = numbers.get("num_supervised_tokens")
+    count = "" if tokens is None else f"{int(tokens):,}"
+    return f"{name:<32} {numbers['loss']:>10.4f} {perplexity:>12.4f} {count:>12}"
