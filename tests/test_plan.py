@@ -71,12 +71,16 @@ def test_schedules_by_hand() -> None:
     assert rates(5, name="constant", **line) == pytest.approx([5e-4, 1e-3, 1e-3, 1e-3, 1e-3])
     assert rates(3, name="linear", warmup_ratio=0.0, min_lr_ratio=0.5) == pytest.approx([1e-3, 7.5e-4, 5e-4])
     assert rates(1, name="cosine") == [1e-3]
+    stable = {"name": "wsd", "warmup_ratio": 0.2, "min_lr_ratio": 0.1, "decay_ratio": 0.4}
+    assert rates(5, **stable) == pytest.approx([1e-3, 1e-3, 1e-3, 5.5e-4, 1e-4])
+    assert rates(5, **stable | {"warmup_ratio": 0.8}) == pytest.approx([2.5e-4, 5e-4, 7.5e-4, 1e-3, 1e-4])
+    assert rates(3, name="wsd", decay_ratio=0.0) == [1e-3] * 3
 
 
 @settings(max_examples=80, deadline=None)
 @given(
     st.integers(1, 300),
-    st.sampled_from(["cosine", "linear", "constant"]),
+    st.sampled_from(["cosine", "linear", "constant", "wsd"]),
     st.floats(0, 1),
     st.floats(0, 1),
 )

@@ -29,6 +29,7 @@ def fingerprints(config: Config, vocabulary: str, template: str | None, data_has
     values: dict[str, Any] = {
         "model.path": config.model.path,
         "model.revision": config.model.revision,
+        "model.freeze": sorted(config.model.freeze),
         "adapter": None if config.adapter is None else config.adapter.model_dump(),
         "data (prepared examples)": data_hash,
         "data.mix": sources,
@@ -38,5 +39,7 @@ def fingerprints(config: Config, vocabulary: str, template: str | None, data_has
         "batch.global_tokens": config.batch.global_tokens,
         "train.seed": config.train.seed,
         "optim.name": config.optim.name,
+        # Its factors may change; its parts decide how the optimizer's state is laid out.
+        "optim.group_lr (parts)": sorted(config.optim.group_lr),
     }
     return {name: json.dumps(value) for name, value in values.items()}

@@ -40,6 +40,8 @@ class ModelConfig(_Section):
     """What the backward computes again to save memory; auto follows the memory plan."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model. Needs a pinned revision for hub models."""
+    freeze: tuple[str, ...] = ()
+    """Parts that are not trained: modules or weights, * for anything ([embed_tokens, layers.0])."""
 
 
 class AdapterConfig(_Section):
@@ -140,10 +142,12 @@ class BatchConfig(_Section):
 class OptimConfig(_Section):
     """The optimizer."""
 
-    name: Literal["adamw"] = "adamw"
-    """adamw: decoupled weight decay, on matrices only."""
+    name: Literal["adamw", "adamw_8bit", "muon", "adafactor"] = "adamw"
+    """adamw; adamw_8bit (needs bitsandbytes); muon (matrices by Muon, the rest by AdamW); adafactor."""
     lr: Annotated[float, Field(gt=0)] = 5e-6
     """Peak learning rate."""
+    group_lr: dict[str, Annotated[float, Field(gt=0)]] = Field(default_factory=dict)
+    """Factors on the rate by part, named as in model.freeze: {embed_tokens: 0.1}, {lora_B: 16} (LoRA+)."""
     betas: tuple[Fraction, Fraction] = (0.9, 0.95)
     """Decay of the running mean and of the running square."""
     eps: Annotated[float, Field(gt=0)] = 1e-8
@@ -157,16 +161,18 @@ class OptimConfig(_Section):
 class ScheduleConfig(_Section):
     """The learning rate as a function of the step."""
 
-    name: Literal["cosine", "linear", "constant"] = "cosine"
-    """Shape of the decay after the warm-up."""
+    name: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
+    """Shape of the decay after the warm-up; wsd stays at the peak until decay_ratio is left."""
     warmup_ratio: Fraction = 0.03
     """Share of the steps over which the rate rises from 0."""
     min_lr_ratio: Fraction = 0.1
     """The rate at the end, as a share of the peak."""
+    decay_ratio: Fraction = 0.1
+    """Share of the steps, at the end, over which wsd decays."""
 
 
 class TrainConfig(_Section):
-    """How long, and from which seed."""
+    """How long, from which seed, and what is learned besides the plain loss (which is what is logged)."""
 
     epochs: Annotated[float, Field(gt=0)] = 1
     """Passes over the data; a fraction is allowed."""
@@ -176,6 +182,14 @@ class TrainConfig(_Section):
     """Of the order of the examples, fresh weights and dropout."""
     max_skipped_steps: PositiveInt = 3
     """Stop (exit code 5) when this many steps in a row had gradients that are not finite."""
+    label_smoothing: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    """Share of each target that is spread evenly over the vocabulary."""
+    z_loss: Annotated[float, Field(ge=0.0)] = 0.0
+    """Factor of log(sum(exp(logits)))^2, which keeps logits small; 1e-4 is usual."""
+    router_aux_loss: Annotated[float, Field(ge=0.0)] | Auto = 0.0
+    """Factor of the loss that balances a mixture's experts; auto takes the model's own, 0 leaves it out."""
+    neftune_alpha: Annotated[float, Field(gt=0.0)] | None = None
+    """Noise on the embeddings in training, alpha / sqrt(document's tokens * width): NEFTune; 5 is usual."""
 
 
 class EvalConfig(_Section):

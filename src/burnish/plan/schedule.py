@@ -9,8 +9,12 @@ from burnish.config.schema import OptimConfig, ScheduleConfig
 
 def num_warmup_steps(num_steps: int, schedule: ScheduleConfig) -> int:
     """Steps of the warm-up: `warmup_ratio` of the run, rounded up; 0 where the ratio is 0."""
+    return _share(schedule.warmup_ratio, num_steps)
+
+
+def _share(ratio: float, num_steps: int) -> int:
     # Rounded first, so that 0.07 of 100 steps is 7 and not the 8 that floating point makes of it.
-    return math.ceil(round(schedule.warmup_ratio * num_steps, 6))
+    return math.ceil(round(ratio * num_steps, 6))
 
 
 def learning_rate(step: int, num_steps: int, optim: OptimConfig, schedule: ScheduleConfig) -> float:
@@ -22,7 +26,9 @@ def learning_rate(step: int, num_steps: int, optim: OptimConfig, schedule: Sched
                   1      W          num_steps
 
     Warm-up is linear, `step / W`, so that no step is wasted on a rate of 0. The decay is half a cosine
-    (Loshchilov and Hutter, SGDR, 2016, without restarts), a line, or none.
+    (Loshchilov and Hutter, SGDR, 2016, without restarts), a line, or none. `wsd` (warm-up, stable, decay:
+    Hu et al., MiniCPM, 2024) stays at the peak and falls in a line over the last D = `decay_ratio` of the
+    steps, rounded up; the step before those is the last at the peak.
 
     Args:
         step: From 1 to `num_steps`.
@@ -41,6 +47,8 @@ def learning_rate(step: int, num_steps: int, optim: OptimConfig, schedule: Sched
     first = max(warmup, 1)
     if schedule.name == "constant" or num_steps == first:
         return float(optim.lr)
-    progress = (step - first) / (num_steps - first)
+    if schedule.name == "wsd":
+        first = max(first, num_steps - _share(schedule.decay_ratio, num_steps))
+    progress = (step - first) / (num_steps - first) if step > first else 0.0
     left = (1 + math.cos(math.pi * progress)) / 2 if schedule.name == "cosine" else 1 - progress
     return optim.lr * (schedule.min_lr_ratio + (1 - schedule.min_lr_ratio) * left)
