@@ -13,6 +13,8 @@ from cyclopts import App, CycloptsError, Parameter
 
 from burnish import __version__
 from burnish.errors import EXIT_CONFIG, BurnishError, ConfigError, Problem, ProblemsError
+from burnish.jobs.options import JobOptions
+from burnish.rendezvous import without_launcher_flags
 
 if TYPE_CHECKING:
     from burnish.config.schema import Config
@@ -178,6 +180,30 @@ def train(*config: Flags) -> None:
         _say(f"The result is in {result.final_dir}. Talk to it: burnish chat {result.final_dir}")
 
 
+@app.command
+def launch(
+    scheduler: Literal["slurm", "k8s", "skypilot"],
+    *config: Flags,
+    out: Path | None = None,
+    options: Annotated[JobOptions, Parameter(name="*")] = JobOptions(),  # noqa: B008 - frozen
+) -> None:
+    """Write the job file that trains with CONFIG on a cluster; submit nothing.
+
+    Takes dotted flags like `train`; they go into the job.
+
+    Parameters
+    ----------
+    scheduler:
+        slurm (an sbatch script), k8s (a Kubeflow TrainJob) or skypilot (a task).
+    out:
+        The file to write; named after the job, in this folder, unless given.
+    """
+    from burnish.jobs.write import write_job
+
+    for line in write_job(scheduler, config, options, out):
+        _say(line)
+
+
 @app.command(name="eval")
 def evaluate(*target: Flags, data: list[str] | None = None, as_json: AsJson = False) -> None:
     """Token-weighted loss and perplexity, per source, of CONFIG's result or of a MODEL folder.
@@ -295,13 +321,16 @@ def doctor(*, folder: Path = Path(), ranks: int | None = None) -> None:
         Where runs would be written.
     ranks:
         How many processes to try; one per GPU, or two on a CPU, unless given.
+        Under srun, torchrun or deepspeed the ranks that it started are tried.
     """
     from burnish.doctor import examine, examine_ranks
     from burnish.runtime import ranks_from_environment
 
-    findings = [*examine(folder), examine_ranks(ranks_from_environment(), ranks)]
+    me = ranks_from_environment()
+    findings = [*examine(folder), examine_ranks(me, ranks)]
     for finding in findings:
-        _say(str(finding))
+        if me.is_main or finding.state == "bad":
+            _say(str(finding) if me.is_main else f"[rank {me.rank}] {finding}")
     if any(finding.state == "bad" for finding in findings):
         sys.exit(4)
 
@@ -316,7 +345,7 @@ def schema() -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run a verb; the only place where errors become messages and exit codes."""
-    tokens = list(sys.argv[1:] if argv is None else argv)
+    tokens = without_launcher_flags(sys.argv[1:] if argv is None else argv)
     try:
         if "--help-all" in tokens:
             from burnish.config.help import all_keys_text

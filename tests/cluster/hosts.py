@@ -20,9 +20,7 @@ class Host:
     interface: str
     address: str
 
-    def start(
-        self, argv: Sequence[str], environ: Mapping[str, str]
-    ) -> subprocess.Popen[str]:
+    def start(self, argv: Sequence[str], environ: Mapping[str, str]) -> subprocess.Popen[str]:
         """Start a program on this host. Gloo is told which interface leads to the other."""
         return subprocess.Popen(
             ["ip", "netns", "exec", self.name, *argv],

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from burnish.cli import main
 from burnish.config.load import load_config
 from burnish.errors import ConfigError
 from burnish.jobs.options import JobOptions, job_name
@@ -230,3 +231,26 @@ def test_a_wrong_config_makes_no_job(config_path):
 )
 def test_job_names(text, name):
     assert job_name(text) == name
+
+
+def verb(*words):
+    """Exit code of `burnish launch WORDS`."""
+    with pytest.raises(SystemExit) as caught:
+        main(["launch", *words])
+    return caught.value.code
+
+
+def test_the_verb_writes_a_file_and_never_over_another(config_path, capsys):
+    words = ["slurm", "sft.yaml", "--num-nodes", "2", "--optim.lr", "2e-5"]
+    assert verb(*words) == 0
+    assert capsys.readouterr().out.endswith("sbatch my-first-run.sbatch\n")
+    script = Path("my-first-run.sbatch").read_text()
+    assert directives(script)["nodes"] == "2"
+    assert "train sft.yaml --optim.lr 2e-5" in script
+    assert verb(*words) == 0  # the same again is no loss
+    assert verb(*words, "--train.epochs", "2") == 2
+    assert "is there already" in capsys.readouterr().err
+    assert verb("k8s", "sft.yaml") == 2
+    assert "--image" in capsys.readouterr().err
+    assert verb("slurm", "--num-nodes", "2") == 2
+    assert "a job needs a config file" in capsys.readouterr().err

@@ -22,17 +22,21 @@ class JobOptions:
     """One job. What a scheduler has no use for is left out of its file."""
 
     name: str | None = None
-    """Name of the job; None takes the output folder's."""
+    """Name of the job; the output folder's unless given."""
     num_nodes: int = 1
+    """Machines."""
     gpus_per_node: int = 8
-    """0 for machines without GPUs: one process per node then."""
+    """GPUs and processes on each; 0 for machines without: one process then."""
     cpus_per_node: int | None = None
+    """CPU cores to ask for on each; what the scheduler gives unless given."""
     memory: str | None = None
     """Memory per node, in the scheduler's own notation: 500G, 500Gi, 500+."""
     time: str = "24:00:00"
     """Slurm: time limit, as D-HH:MM:SS, HH:MM:SS or minutes."""
     partition: str | None = None
+    """Slurm: which partition."""
     account: str | None = None
+    """Slurm: who pays."""
     stop_seconds: int = 600
     """How long before its end a job is asked to save: more than a step and a checkpoint take."""
     image: str | None = None

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from burnish.config.load import dump_config, load_config
+from burnish.errors import ConfigError, Problem
 from burnish.jobs.kubernetes import train_job
 from burnish.jobs.options import Job, JobKind, JobOptions, job_name
 from burnish.jobs.skypilot import sky_task
@@ -17,8 +18,38 @@ _WRITERS: Mapping[JobKind, Callable[[Job, str], str]] = {
     "skypilot": sky_task,
 }
 _SUFFIXES: Mapping[JobKind, str] = {"slurm": ".sbatch", "k8s": ".trainjob.yaml", "skypilot": ".sky.yaml"}
-SUBMIT: Mapping[JobKind, str] = {"slurm": "sbatch", "k8s": "kubectl apply -f", "skypilot": "sky jobs launch"}
-"""The command that submits a job file; what to tell the user to type next."""
+_SUBMIT: Mapping[JobKind, str] = {
+    "slurm": "sbatch",
+    "k8s": "kubectl apply -f",
+    "skypilot": "sky jobs launch",
+}
+
+
+def write_job(
+    kind: JobKind, tokens: Sequence[str], options: JobOptions, out: Path | None = None
+) -> list[str]:
+    """Write a job file.
+
+    Args:
+        kind: The scheduler.
+        tokens: A command line's CONFIG and flags, as `train` takes them; here the file must be given.
+        options: Machines, time and names.
+        out: Where the file goes; None is a name of the job's in the working folder.
+
+    Returns:
+        Lines for the user: what was written, and what to type next.
+
+    Raises:
+        ConfigError: The config or the options cannot be right, or the file is there already.
+    """
+    if not tokens or tokens[0].startswith("-"):
+        cure = "burnish launch slurm sft.yaml; burnish init DATA writes a config."
+        raise ConfigError(Problem("CONFIG", "a job needs a config file", cure))
+    path, text = job_file(kind, Path(tokens[0]), tokens[1:], options, out)
+    if path.exists() and path.read_text() != text:
+        raise ConfigError(Problem("--out", f"{path} is there already", "Give another --out, or remove it."))
+    path.write_text(text)
+    return [f"Wrote {path}. Look it over, then: {_SUBMIT[kind]} {path}"]
 
 
 def job_file(
