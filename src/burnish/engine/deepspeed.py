@@ -13,6 +13,7 @@ same number of micro-batches, which windows guarantee.
 from __future__ import annotations
 
 import contextlib
+import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, final
@@ -25,14 +26,21 @@ from jaxtyping import Float
 from burnish.config.schema import Config
 from burnish.engine.base import Engine, StepResult
 from burnish.engine.ds_config import deepspeed_config, runs_in_fp32
-from burnish.engine.ds_workarounds import announce_ranks, join_alone, quieten, skip_shm_compile
+from burnish.engine.ds_workarounds import (
+    announce_ranks,
+    convert_to_universal,
+    groups_kept_apart,
+    join_alone,
+    quieten,
+    skip_shm_compile,
+)
 from burnish.engine.gradients import finite_on_all_ranks, global_grad_norm
 from burnish.engine.optimizer import build_optimizer, set_learning_rate
 from burnish.engine.state_files import exported_weights, refuse_empty
 from burnish.errors import CheckpointError, MachineError, Problem
 from burnish.model.forward import SupervisedModel, to_device
 from burnish.records import MicroBatch
-from burnish.runtime import Ranks
+from burnish.runtime import Ranks, barrier, gather_objects, log
 
 TAG = "deepspeed"
 """The sub-folder in which DeepSpeed puts a checkpoint's files."""
@@ -57,8 +65,7 @@ def zero3_init_context(config: Config, ranks: Ranks, device: torch.device) -> It
     transformers looks for a live config object that it only refers to weakly; it lives as long as
     the context does.
     """
-    from transformers.integrations import HfDeepSpeedConfig
-    from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+    from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config
 
     prepare_deepspeed(ranks, device)
     settings = deepspeed_config(config, on_gpu=device.type == "cuda")
@@ -99,9 +106,10 @@ class DeepSpeedEngine(Engine):
             for parameter in model.external_parameters():
                 deepspeed.zero.register_external_parameter(model, parameter)
         model.train()
+        self._optimizer = build_optimizer(model, config.optim)
         self._engine: Any = deepspeed.initialize(
             model=model,
-            optimizer=build_optimizer(model, config.optim),
+            optimizer=self._optimizer,
             config=deepspeed_config(config, on_gpu=device.type == "cuda"),
             dist_init_required=False,
         )[0]
@@ -124,7 +132,7 @@ class DeepSpeedEngine(Engine):
 
     def step(self, lr: float) -> StepResult:
         """See `Engine.step`."""
-        set_learning_rate(self._engine.optimizer, lr)
+        set_learning_rate(self._optimizer, lr)
         if self._looks_itself:
             return self._step_after_looking()
         self._engine.step()
@@ -136,13 +144,13 @@ class DeepSpeedEngine(Engine):
     def _step_after_looking(self) -> StepResult:
         self._engine.buffered_allreduce_fallback()
         parameters = [p for p in self._engine.module.parameters() if p.requires_grad]
-        norm = float(global_grad_norm(parameters))
-        applied = finite_on_all_ranks(norm, self._device, self._ranks)
+        norm = global_grad_norm(parameters)
+        applied = finite_on_all_ranks(norm, self._ranks)
         if applied:
             self._engine.step()
         else:
             self._engine.zero_grad()
-        return StepResult(grad_norm=norm, applied=applied)
+        return StepResult(grad_norm=norm.item(), applied=applied)
 
     @torch.no_grad()
     def evaluate(self, micro_batch: MicroBatch) -> Float[torch.Tensor, " documents"]:
@@ -156,7 +164,12 @@ class DeepSpeedEngine(Engine):
     def save_state(self, folder: Path) -> Sequence[Path]:
         """Let DeepSpeed write its shards; without its `latest` file, which it writes too early."""
         self._engine.save_checkpoint(
-            str(folder), tag=TAG, save_latest=False, exclude_frozen_parameters=self._adapter_only
+            str(folder),
+            tag=TAG,
+            # Lets ds_to_universal convert the shards for another world size.
+            client_state={"universal_checkpoint_info": {"universal_checkpoint_version": 0.2}},
+            save_latest=False,
+            exclude_frozen_parameters=self._adapter_only,
         )
         files = sorted(path for path in folder.rglob("*") if path.is_file())
         return [path for path in files if self._wrote(path)]
@@ -168,32 +181,64 @@ class DeepSpeedEngine(Engine):
         return f"_pp_rank_{self._ranks.rank}_" in path.name
 
     def load_state(self, folder: Path) -> None:
-        """Load the shards of the same world size and stage.
+        """Load the shards; those of another number of ranks are converted first.
 
         Raises:
-            CheckpointError: They were written by another number of ranks, or another ZeRO stage.
+            CheckpointError: They were written under a ZeRO stage that this one cannot take over
+                from (1 and 2 can from each other), or the conversion failed.
         """
-        self._refuse_other_layout(folder / TAG)
-        path, _ = self._engine.load_checkpoint(
-            str(folder), tag=TAG, load_module_strict=not self._adapter_only, load_lr_scheduler_states=False
-        )
+        num_shards = len(list((folder / TAG).glob("*_optim_states.pt")))
+        self._refuse_other_stage(folder, num_shards)
+        if self._stage == 0 or num_shards == self._ranks.world_size:
+            self._load(folder)
+            return
+        log.info("Converting %s from %d ranks to %d.", folder, num_shards, self._ranks.world_size)
+        with self._universal(folder) as converted:
+            self._load(converted)
+
+    def _load(self, folder: Path) -> None:
+        with groups_kept_apart(self._optimizer):
+            path, _ = self._engine.load_checkpoint(
+                str(folder),
+                tag=TAG,
+                load_module_strict=not self._adapter_only,
+                load_lr_scheduler_states=False,
+            )
         if path is None:
             raise CheckpointError(Problem(str(folder), "DeepSpeed found no checkpoint in it"))
 
-    def _refuse_other_layout(self, folder: Path) -> None:
+    def _refuse_other_stage(self, folder: Path, num_shards: int) -> None:
         """DeepSpeed's own refusals are assertions deep inside; say it before it begins."""
-        shards = len(list(folder.glob("*_optim_states.pt")))
-        expected = self._ranks.world_size if self._stage > 0 else 0
-        if shards != expected:
-            saved = f"{shards} ranks" if shards else "ZeRO stage 0 or another engine"
+        has_zero3_shards = any((folder / TAG).glob("zero_pp_rank_*_model_states.pt"))
+        saved = "0 (or by another engine)" if num_shards == 0 else "3" if has_zero3_shards else "1 or 2"
+        fits = {0: num_shards == 0, 3: has_zero3_shards}.get(
+            self._stage, num_shards > 0 and not has_zero3_shards
+        )
+        if not fits or not (folder / TAG).is_dir():
             raise CheckpointError(
                 Problem(
-                    "checkpoint.resume",
-                    f"{folder.parent.parent} was saved by {saved}; this run has {self._ranks.world_size} "
-                    f"with ZeRO stage {self._stage}",
-                    "Resume with as many processes and the same engine settings as it was saved with.",
+                    "engine.zero_stage",
+                    f"the checkpoint was saved under stage {saved}, this run has stage {self._stage}",
+                    "Resume with the engine settings that it was saved with.",
                 )
             )
+
+    @contextlib.contextmanager
+    def _universal(self, folder: Path) -> Iterator[Path]:
+        """While entered: the shards as a universal checkpoint, and an engine that loads one."""
+        converted = folder.parent.with_name(f".staging-universal-{folder.parent.name}")
+        failure = convert_to_universal(folder / TAG, converted / TAG) if self._ranks.is_main else None
+        failure = gather_objects(failure, self._ranks)[0]
+        if failure is not None:
+            raise CheckpointError(Problem(str(folder), f"could not be converted: {failure}"))
+        self._engine._config.load_universal_checkpoint = True
+        try:
+            yield converted
+        finally:
+            self._engine._config.load_universal_checkpoint = False
+            barrier(self._ranks)
+            if self._ranks.is_main:
+                shutil.rmtree(converted)
 
     def export_state(self) -> dict[str, torch.Tensor] | None:
         """See `Engine.export_state`. Every rank takes part in the gathering."""

@@ -5,10 +5,15 @@ to be changed is handed in.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
+import shutil
+import subprocess
+import sys
 import warnings
-from collections.abc import MutableMapping
+from collections.abc import Iterator, MutableMapping
+from pathlib import Path
 
 import torch
 
@@ -51,7 +56,8 @@ def join_alone(ranks: Ranks, device: torch.device) -> None:
     if ranks.world_size > 1 or torch.distributed.is_initialized():
         return
     backend = "nccl" if device.type == "cuda" else "gloo"
-    torch.distributed.init_process_group(backend, store=torch.distributed.HashStore(), rank=0, world_size=1)
+    store = torch.distributed.HashStore()  # pyright: ignore[reportPrivateImportUsage] - documented
+    torch.distributed.init_process_group(backend, store=store, rank=0, world_size=1)
 
 
 def name_accelerator(device: torch.device) -> None:
@@ -78,3 +84,44 @@ def quieten(logger: logging.Logger) -> None:
         r"`torch.distributed.(reduce_scatter_tensor|all_gather_into_tensor)` is deprecated",
         FutureWarning,
     )
+
+
+def convert_to_universal(shards: Path, target: Path) -> str | None:
+    """Convert ZeRO shards into a universal checkpoint, which any number of ranks can load.
+
+    DeepSpeed offers that as a script; in a process of its own its printing, its worker processes
+    and its memory stay out of ours.
+
+    Remove when: DeepSpeed loads shards of another world size itself.
+
+    Returns:
+        What went wrong, or None.
+    """
+    shutil.rmtree(target.parent, ignore_errors=True)
+    command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", "--input_folder", str(shards)]
+    workers = ["--num_extract_workers", "1", "--num_merge_workers", "1"]
+    done = subprocess.run(
+        [*command, "--output_folder", str(target), *workers], capture_output=True, text=True, check=False
+    )
+    return None if done.returncode == 0 else done.stderr.strip().splitlines()[-1]
+
+
+@contextlib.contextmanager
+def groups_kept_apart(optimizer: torch.optim.Optimizer) -> Iterator[None]:
+    """While entered, a checkpoint may be loaded; afterwards each group is itself again.
+
+    Loading a universal checkpoint under ZeRO-3 (`zero/stage3.py`,
+    `load_hp_checkpoint_state_from_checkpoint_dir_stage3`) gives every group the first one's
+    settings, so that norms and biases would decay like matrices; and all groups one tensor as
+    their step counter, so that every group's step counts for all and Adam corrects its bias for
+    too many. What decays is the config's to say, not the checkpoint's.
+
+    Remove when: each group gets its own settings and its own counter back.
+    """
+    kept = [{k: v for k, v in g.items() if k not in ("params", "lr")} for g in optimizer.param_groups]
+    yield
+    for group, settings in zip(optimizer.param_groups, kept, strict=True):
+        group.update(settings)
+    for entries in optimizer.state.values():
+        if isinstance(entries.get("step"), torch.Tensor):
+            entries["step"] = entries["step"].clone()

@@ -60,15 +60,15 @@ def global_grad_norm(parameters: Sequence[nn.Parameter]) -> Float[torch.Tensor, 
     return torch.nn.utils.get_total_norm(gradients, norm_type=2.0)
 
 
-def clip_gradients(parameters: Sequence[nn.Parameter], norm: float, max_norm: float | None) -> None:
+def clip_gradients(
+    parameters: Sequence[nn.Parameter], norm: Float[torch.Tensor, ""], max_norm: float | None
+) -> None:
     """Scale all gradients so that their global norm is at most `max_norm`; None does nothing."""
-    if max_norm is None or norm <= max_norm:
-        return
-    gradients = [p.grad for p in parameters if p.grad is not None]
-    torch._foreach_mul_(gradients, max_norm / (norm + 1e-6))
+    if max_norm is not None:
+        torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
 
 
-def finite_on_all_ranks(norm: float, device: torch.device, ranks: Ranks) -> bool:
+def finite_on_all_ranks(norm: Float[torch.Tensor, ""], ranks: Ranks) -> bool:
     """True if every rank's norm is finite: one rank's NaN stops the step on all of them."""
-    bad = torch.tensor(0.0 if torch.isfinite(torch.tensor(norm)) else 1.0, device=device)
-    return sum_over_ranks(bad, ranks).item() == 0.0
+    num_bad = (~torch.isfinite(norm)).float()
+    return sum_over_ranks(num_bad, ranks).item() == 0.0

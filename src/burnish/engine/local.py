@@ -103,15 +103,15 @@ class LocalEngine(Engine):
         """See `Engine.step`."""
         sum_gradients(self._parameters, self._ranks)
         self._scaler.unscale_(self._optimizer)
-        norm = float(global_grad_norm(self._parameters))
-        applied = finite_on_all_ranks(norm, self._device, self._ranks)
+        norm = global_grad_norm(self._parameters)
+        applied = finite_on_all_ranks(norm, self._ranks)
         if applied:
             clip_gradients(self._parameters, norm, self._max_grad_norm)
             set_learning_rate(self._optimizer, lr)
             self._scaler.step(self._optimizer)
         self._scaler.update()
         self._optimizer.zero_grad(set_to_none=True)
-        return StepResult(grad_norm=norm, applied=applied)
+        return StepResult(grad_norm=norm.item(), applied=applied)
 
     @torch.no_grad()
     def evaluate(self, micro_batch: MicroBatch) -> Float[torch.Tensor, " documents"]:
