@@ -101,7 +101,7 @@ def run_collectives(ranks: Ranks) -> CollectiveReport:
     """
     device = pick_device(ranks)
     started = time.perf_counter()
-    start_process_group(ranks, device, timeout_seconds=TIMEOUT_SECONDS, join_timeout_seconds=TIMEOUT_SECONDS)
+    start_process_group(ranks, device, TIMEOUT_SECONDS)
     barrier(ranks)
     joining_seconds = time.perf_counter() - started
     _check_results(ranks, device)

@@ -58,7 +58,7 @@ def train(config: Config) -> RunResult:
     shape = ModelShape.from_config_json(load_model_config(config.model).to_dict())
     config = resolve_auto(config, shape, ranks.world_size, device_memory_bytes(device))
 
-    start_process_group(ranks, device)
+    start_process_group(ranks, device, config.launch.hang_timeout_seconds)
     model = load_model(
         config.model,
         seed=config.train.seed,

@@ -25,6 +25,10 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("burnish")
 
+HANG_SECONDS = 600.0
+"""The longest silence of a rank that is not taken for a hang, unless the config says otherwise."""
+_LONGEST_SECONDS = 1800.0
+
 
 @dataclass(frozen=True)
 class Ranks:
@@ -66,18 +70,15 @@ def pick_device(ranks: Ranks) -> torch.device:
 
 
 def start_process_group(
-    ranks: Ranks,
-    device: torch.device,
-    timeout_seconds: float = 1800.0,
-    join_timeout_seconds: float = 600.0,
+    ranks: Ranks, device: torch.device, timeout_seconds: float | None = HANG_SECONDS
 ) -> None:
     """Join the process group (nccl on GPUs, gloo on CPUs). Nothing to do for one process.
 
     Args:
         ranks: This process among the others.
         device: Where this rank computes.
-        timeout_seconds: Longest wait in a collective.
-        join_timeout_seconds: Longest wait for all ranks to turn up.
+        timeout_seconds: Longest wait for all ranks to turn up, and (a minute more: where a watchdog
+            waits as long, it speaks first) in a collective. None is half an hour.
 
     Raises:
         MachineError: The other ranks cannot be reached.
@@ -92,18 +93,17 @@ def start_process_group(
         return
     complete_environment(os.environ)
     backend = "nccl" if device.type == "cuda" else "gloo"
+    timeout = datetime.timedelta(seconds=_LONGEST_SECONDS if timeout_seconds is None else timeout_seconds)
     try:
-        # Rank 0 listens and the others come. This has a limit of its own: a rank that never
-        # starts should not cost what a slow collective may.
-        join_timeout = datetime.timedelta(seconds=join_timeout_seconds)
-        joining = rendezvous("env://", ranks.rank, ranks.world_size, timeout=join_timeout)
+        # Rank 0 listens and the others come.
+        joining = rendezvous("env://", ranks.rank, ranks.world_size, timeout=timeout)
         store, _, _ = next(iter(joining))
         dist.init_process_group(
             backend,
             store=PrefixStore("burnish", store),
             rank=ranks.rank,
             world_size=ranks.world_size,
-            timeout=datetime.timedelta(seconds=timeout_seconds),
+            timeout=timeout + datetime.timedelta(minutes=1),
         )
     except (dist.DistError, ValueError, RuntimeError) as error:
         address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"

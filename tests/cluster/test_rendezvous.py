@@ -123,4 +123,4 @@ def test_a_rank_that_never_comes_ends_the_wait(monkeypatch):
     for name, value in {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(MachineError, match="rank 0 of 2 could not join"):
-        start_process_group(Ranks(0, 0, 2), torch.device("cpu"), join_timeout_seconds=2.0)
+        start_process_group(Ranks(0, 0, 2), torch.device("cpu"), timeout_seconds=2.0)

@@ -8,7 +8,8 @@ How it ends and goes on:
   SIGTERM itself for the early signal: a second SIGTERM ends a task at once, and `scancel` sends one.
 - Exit code 75 (a rank hung, a host fell away) also goes back into the queue.
 - `scancel` sends SIGTERM to the tasks directly: they save too, and the job ends for good.
-- `--wait` bounds the time between the first task's end and the last's.
+- When one task fails the others are not killed at once: each finds out by itself, saves its stacks
+  and ends within `launch.hang_timeout_seconds`; `--wait` is the last resort.
 """
 
 from __future__ import annotations
@@ -18,8 +19,8 @@ import shlex
 from burnish.errors import EXIT_TRY_AGAIN
 from burnish.jobs.options import Job
 
-WAIT_SECONDS = 300
-"""Between the end of the first task and that of the last: rank 0 may still be exporting."""
+WAIT_SECONDS = 3600
+"""At most between the end of the first task and that of the last: rank 0 may still be exporting."""
 MAX_RESTARTS = 100
 """A run that hangs every time is not put back forever. Slurm counts every restart of a job."""
 
