@@ -15,6 +15,7 @@ from burnish.data.store import ExampleStore
 from burnish.model.adapt import adapt
 from burnish.model.attention import can_isolate
 from burnish.model.forward import SupervisedModel
+from burnish.model.objective import Objective
 from burnish.records import Example
 
 VOCABULARY = 61
@@ -78,4 +79,5 @@ def toy_model(config: Config, dtype: torch.dtype, tied: bool = False) -> Supervi
     capability_model = toy_llama(tied=tied)
     capability = can_isolate(capability_model)
     torch.manual_seed(config.train.seed)
-    return SupervisedModel(adapt(capability_model.to(dtype), config.adapter, "none"), capability)
+    adapted = adapt(capability_model.to(dtype), config.adapter, "none", freeze=config.model.freeze)
+    return SupervisedModel(adapted, capability, Objective.of(config.train))

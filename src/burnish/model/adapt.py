@@ -1,8 +1,9 @@
-"""Adapters and activation checkpointing: what is trained, and what is computed again."""
+"""Adapters, freezing and activation checkpointing: what is trained, and what is computed again."""
 
 from __future__ import annotations
 
 import difflib
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -10,6 +11,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import PreTrainedModel
 
+from burnish.config.patterns import names_part
 from burnish.config.schema import AdapterConfig
 from burnish.errors import ConfigError, Problem
 
@@ -21,6 +23,7 @@ def adapt(
     adapter: AdapterConfig | None,
     activation_checkpointing: Checkpointing,
     seed: int = 0,
+    freeze: Sequence[str] = (),
 ) -> PreTrainedModel | PeftModel:
     """Make a loaded model trainable as the config says.
 
@@ -31,9 +34,11 @@ def adapt(
         activation_checkpointing: `none`, or `full`: every layer keeps its input and is computed again
             in the backward. (`auto` is decided by the caller.)
         seed: Of fresh adapter weights: the same on every rank and under every engine.
+        freeze: Parts that are not trained, of the model or of its adapter (see `config/patterns.py`).
 
     Raises:
-        ConfigError: Target modules that do not exist, or a level this model cannot do.
+        ConfigError: Target modules or parts to freeze that do not exist, nothing left to train, or a level
+            of checkpointing that this model cannot do.
     """
     if activation_checkpointing == "light":
         raise ConfigError(
@@ -46,6 +51,7 @@ def adapt(
     if activation_checkpointing == "full":
         _checkpoint_layers(model)
     if adapter is None:
+        _freeze(model, freeze)
         return model
     if activation_checkpointing == "full":
         # The frozen embeddings' output needs no gradient; a recomputed layer wants an input that does.
@@ -57,7 +63,27 @@ def adapt(
     for parameter in adapted.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
+    _freeze(adapted, freeze)
     return adapted
+
+
+def _freeze(model: nn.Module, patterns: Sequence[str]) -> None:
+    """Take the named parts out of training. Tied weights are one: freezing either freezes both."""
+    named = [(name, p) for name, p in model.named_parameters(remove_duplicate=False)]
+    problems = []
+    for pattern in patterns:
+        found = [parameter for name, parameter in named if names_part(pattern, name)]
+        for parameter in found:
+            parameter.requires_grad_(False)
+        if not found:
+            parts = sorted({part for name, _ in named for part in name.split(".")})
+            close = difflib.get_close_matches(pattern, parts, n=3)
+            cure = f"Did you mean {' or '.join(close)}?" if close else f"A name there is: {named[0][0]}."
+            problems.append(Problem("model.freeze", f"no weight of the model is called {pattern!r}", cure))
+    if patterns and not any(parameter.requires_grad for _, parameter in named):
+        problems.append(Problem("model.freeze", "leaves nothing to train", "Freeze less."))
+    if problems:
+        raise ConfigError(*problems)
 
 
 def _checkpoint_layers(model: PreTrainedModel) -> None:

@@ -6,8 +6,9 @@ reach the head.
 
 from __future__ import annotations
 
+import contextlib
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, final
 
@@ -20,7 +21,9 @@ from torch.nn import functional
 from burnish.model.anatomy import Head, body_of, causal_model, head_of
 from burnish.model.attention import Capability
 from burnish.model.document_attention import document_mask
+from burnish.model.extras import Balance, balancing_loss, noisy_embeddings
 from burnish.model.head import supervised_loss, token_nll
+from burnish.model.objective import PLAIN, Objective
 from burnish.records import NO_TARGET, MicroBatch
 
 
@@ -39,8 +42,21 @@ class DeviceBatch:
     weights: Float32[torch.Tensor, " targets"]
     documents: Int64[torch.Tensor, " targets"]
     """To which document each target belongs."""
-    num_documents: int
+    lengths: Int64[torch.Tensor, " documents"]
     packed: bool
+
+    @property
+    def num_documents(self) -> int:
+        """Documents in the micro-batch."""
+        return len(self.lengths)
+
+    def document_of_tokens(self) -> Int64[torch.Tensor, "rows columns"]:
+        """To which document each position belongs, padding too."""
+        numbers = torch.arange(self.num_documents, device=self.lengths.device)
+        if not self.packed:
+            return numbers[:, None].expand(self.token_ids.shape)
+        size = self.token_ids.shape[1]  # known on the host, so that this does not wait for the device
+        return torch.repeat_interleave(numbers, self.lengths, output_size=size)[None]
 
 
 def to_device(micro_batch: MicroBatch, device: torch.device) -> DeviceBatch:
@@ -66,7 +82,7 @@ def to_device(micro_batch: MicroBatch, device: torch.device) -> DeviceBatch:
         targets=_move(targets[supervised], device),
         weights=_move(micro_batch.weights.reshape(-1)[supervised], device),
         documents=_move(document_of[supervised].astype(np.int64), device),
-        num_documents=len(lengths),
+        lengths=_move(lengths.astype(np.int64), device),
         packed=micro_batch.packed,
     )
 
@@ -85,12 +101,18 @@ class SupervisedModel(nn.Module):
     Args:
         model: A causal language model, with an adapter or without.
         capability: What `can_isolate` found for it.
+        objective: What the gradient is of, besides the plain loss.
+
+    Raises:
+        ConfigError: The objective balances experts and the model has none.
     """
 
-    def __init__(self, model: nn.Module, capability: Capability) -> None:
+    def __init__(self, model: nn.Module, capability: Capability, objective: Objective = PLAIN) -> None:
         super().__init__()
         self.model = model
         self.capability = capability
+        self.objective = objective
+        self._balance = Balance.of(causal_model(model), objective.router_aux_loss)
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> SupervisedModel:
         """Moves buffers, but keeps their dtype.
@@ -123,9 +145,11 @@ class SupervisedModel(nn.Module):
     ) -> Float32[torch.Tensor, ""] | Float32[torch.Tensor, " documents"]:
         """`sum(weight * nll)` of the micro-batch, or of each document.
 
+        The value is the plain loss whatever the objective; the gradient is the objective's.
+
         Args:
             batch: The micro-batch.
-            per_document: One sum per document, without gradients: for evaluation.
+            per_document: One sum per document, without gradients and noise: for evaluation.
 
         Raises:
             ValueError: The micro-batch is packed and the model must not be given packed ones.
@@ -137,43 +161,88 @@ class SupervisedModel(nn.Module):
                 nll = self._token_nll(batch) * batch.weights
             sums = torch.zeros(batch.num_documents, dtype=torch.float64, device=nll.device)
             return sums.index_add_(0, batch.documents, nll.double()).float()
+        with self._noise(batch):
+            hidden_or_logits, router_logits = self._run(batch)
         head = self._fused_head()
         if head is None:
-            return self._plain_loss(batch)
-        hidden = self._supervised_hidden(batch)
-        return supervised_loss(hidden, head.weight, head.bias, batch.targets, batch.weights, head.shape)
+            loss = self._plain_loss(hidden_or_logits, batch)
+        else:
+            weights = batch.targets, batch.weights
+            loss = supervised_loss(
+                hidden_or_logits, head.weight, head.bias, *weights, head.shape, self.objective
+            )
+        if self._balance is None or not self.training:
+            return loss
+        return loss + _gradient_only(self._balancing_loss(self._balance, router_logits, batch))
 
     def _fused_head(self) -> Head | None:
         return head_of(causal_model(self.model)) if self.capability.fused_head else None
 
-    def _supervised_hidden(self, batch: DeviceBatch) -> torch.Tensor:
-        """Hidden states at the supervised positions, `[targets, width]`."""
+    def _noise(self, batch: DeviceBatch) -> contextlib.AbstractContextManager[None]:
+        alpha = self.objective.neftune_alpha
+        if alpha is None or not self.training:
+            return contextlib.nullcontext()
+        lengths = batch.lengths.float()[batch.document_of_tokens()]
+        return noisy_embeddings(causal_model(self.model), alpha, lengths)
+
+    def _run(self, batch: DeviceBatch) -> tuple[torch.Tensor, Sequence[torch.Tensor]]:
+        """Hidden states at the supervised positions (`[targets, width]`), or logits where the head is not
+        fused, and the router's logits of every layer where they are needed."""
+        arguments: dict[str, Any] = {
+            "input_ids": batch.token_ids,
+            "position_ids": batch.position_ids,
+            "attention_mask": batch.attention_mask,
+            "use_cache": False,
+        }
+        if self._balance is not None and self.training:
+            arguments["output_router_logits"] = True
+        if self._fused_head() is None:
+            return self._plain_logits(batch, arguments)
         body = body_of(causal_model(self.model))
         assert body is not None  # the capability says that there is one
-        hidden = body(
-            input_ids=batch.token_ids,
-            position_ids=batch.position_ids,
-            attention_mask=batch.attention_mask,
-            use_cache=False,
-        )[0]
-        return hidden.flatten(0, 1).index_select(0, batch.supervised)
+        outputs = body(**arguments)
+        hidden = outputs[0].flatten(0, 1).index_select(0, batch.supervised)
+        return hidden, outputs.router_logits if "output_router_logits" in arguments else ()
 
     def _token_nll(self, batch: DeviceBatch) -> Float32[torch.Tensor, " targets"]:
         head = self._fused_head()
+        hidden_or_logits, _ = self._run(batch)
         if head is None:
-            return functional.cross_entropy(self._plain_logits(batch), batch.targets, reduction="none")
-        hidden = self._supervised_hidden(batch)
-        return token_nll(hidden, head.weight, head.bias, batch.targets, head.shape)
+            return functional.cross_entropy(hidden_or_logits, batch.targets, reduction="none")
+        return token_nll(hidden_or_logits, head.weight, head.bias, batch.targets, head.shape)
 
-    def _plain_loss(self, batch: DeviceBatch) -> Float32[torch.Tensor, ""]:
-        nll = functional.cross_entropy(self._plain_logits(batch), batch.targets, reduction="none")
-        return (nll * batch.weights).sum()
+    def _plain_loss(self, logits: torch.Tensor, batch: DeviceBatch) -> Float32[torch.Tensor, ""]:
+        terms = self.objective
+        nll = functional.cross_entropy(logits, batch.targets, reduction="none")
+        loss = (nll * batch.weights).sum()
+        if terms.label_smoothing:
+            even = -functional.log_softmax(logits, dim=-1).mean(-1)
+            loss = loss + _gradient_only((terms.label_smoothing * (even - nll) * batch.weights).sum())
+        if terms.z_loss:
+            square = torch.logsumexp(logits, dim=-1).square()
+            loss = loss + _gradient_only((terms.z_loss * square * batch.weights).sum())
+        return loss
 
-    def _plain_logits(self, batch: DeviceBatch) -> Float32[torch.Tensor, "targets vocabulary"]:
+    def _balancing_loss(
+        self, balance: Balance, router_logits: Sequence[torch.Tensor], batch: DeviceBatch
+    ) -> Float32[torch.Tensor, ""]:
+        weights = batch.weights.new_zeros(batch.num_documents).index_add(0, batch.documents, batch.weights)
+        if batch.packed:
+            counted = torch.ones_like(batch.token_ids, dtype=torch.float32)
+        else:
+            counted = batch.attention_mask.float()
+        documents = batch.document_of_tokens().reshape(-1)
+        loss = balancing_loss(
+            router_logits, documents, counted.reshape(-1), weights, balance.experts_per_token
+        )
+        return balance.factor * loss
+
+    def _plain_logits(
+        self, batch: DeviceBatch, arguments: dict[str, Any]
+    ) -> tuple[Float32[torch.Tensor, "targets vocabulary"], Sequence[torch.Tensor]]:
         """Logits at the supervised positions by the model's own head, for heads that are not one
         matrix. Where the model takes `logits_to_keep`, only columns with a target are computed."""
         causal = causal_model(self.model)
-        arguments: dict[str, Any] = {}
         where = batch.supervised
         columns = batch.token_ids.shape[1]
         keeps = "logits_to_keep" in inspect.signature(causal.forward).parameters
@@ -181,13 +250,14 @@ class SupervisedModel(nn.Module):
             arguments["logits_to_keep"] = where
             where = torch.arange(len(where), device=where.device)
             columns = len(where)
-        logits = causal(
-            input_ids=batch.token_ids,
-            position_ids=batch.position_ids,
-            attention_mask=batch.attention_mask,
-            use_cache=False,
-            **arguments,
-        ).logits
+        outputs = causal(**arguments)
+        logits = outputs.logits
         # A few old models ignore logits_to_keep's tensor form.
         assert logits.shape[1] == columns
-        return logits.flatten(0, 1).index_select(0, where).float()
+        kept = logits.flatten(0, 1).index_select(0, where).float()
+        return kept, outputs.router_logits if "output_router_logits" in arguments else ()
+
+
+def _gradient_only(term: torch.Tensor) -> torch.Tensor:
+    """0, with the gradient of `term`: the loss that is logged stays comparable with evaluation's."""
+    return term - term.detach()

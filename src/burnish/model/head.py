@@ -15,6 +15,8 @@ import torch
 from jaxtyping import Float, Float32, Int64
 from torch.autograd.function import once_differentiable
 
+from burnish.model.objective import PLAIN, Objective
+
 MIN_CHUNK_ROWS = 1024
 """Rows of logits per matrix product: smaller ones run below the matrix rate."""
 BLOCK_BYTES_CPU = 4 * 2**20
@@ -39,8 +41,12 @@ def supervised_loss(
     targets: Int64[torch.Tensor, " targets"],
     weights: Float32[torch.Tensor, " targets"],
     shape: HeadShape,
+    objective: Objective = PLAIN,
 ) -> Float32[torch.Tensor, ""]:
     """`sum(weight * nll)` over supervised positions, differentiable once.
+
+    The value is always the plain loss, so that it compares with evaluation; the gradient is that of
+    the objective, label smoothing and z-loss included.
 
     Args:
         hidden: Hidden states at the supervised positions; there may be none: the loss is then 0, and
@@ -50,8 +56,9 @@ def supervised_loss(
         targets: Token to be produced at each position.
         weights: Loss weight of each position.
         shape: What is done to the logits.
+        objective: What the gradient is of.
     """
-    return _SupervisedLoss.apply(hidden, head_weight, head_bias, targets, weights, shape)
+    return _SupervisedLoss.apply(hidden, head_weight, head_bias, targets, weights, shape, objective)
 
 
 @torch.no_grad()
@@ -67,7 +74,7 @@ def token_nll(
     nll = torch.zeros(len(targets), dtype=torch.float32, device=hidden.device)
     for begin in range(0, len(targets), MIN_CHUNK_ROWS):
         rows = slice(begin, begin + MIN_CHUNK_ROWS)
-        work.nll_and_gradient(work.hidden[rows], targets[rows], nll[rows], wants_gradient=False)
+        work.nll_and_gradient(work.hidden[rows], targets[rows], nll[rows], None)
     return nll
 
 
@@ -98,10 +105,10 @@ class _Work:
         return _Work(hidden.to(dtype), weight.to(dtype), bias, shape, block_rows)
 
     def nll_and_gradient(
-        self, hidden: torch.Tensor, targets: torch.Tensor, nll: torch.Tensor, wants_gradient: bool
+        self, hidden: torch.Tensor, targets: torch.Tensor, nll: torch.Tensor, objective: Objective | None
     ) -> torch.Tensor:
-        """Fill `nll`; if wanted, return its gradient, row by row and not yet weighted, with respect to
-        `hidden @ weight.T + bias`, in the place of those logits."""
+        """Fill `nll`; with an objective, return the objective's gradient, row by row and not yet weighted,
+        with respect to `hidden @ weight.T + bias`, in the place of those logits."""
         logits = hidden @ self.weight.T
         if self.bias is not None:
             logits += self.bias
@@ -111,11 +118,18 @@ class _Work:
             at_target = targets[rows, None]
             log_shares = torch.log_softmax(block, dim=-1)
             nll[rows] = -log_shares.gather(1, at_target)[:, 0]
-            if not wants_gradient:
+            if objective is None:
                 continue
-            # d nll / d logits = softmax - one_hot(target)
             shares = log_shares.exp_()
-            shares.scatter_add_(1, at_target, shares.new_full((1, 1), -1.0).expand_as(at_target))
+            if objective.z_loss:  # d lse^2 / d logits = 2 lse softmax, and lse = logit - log softmax
+                lse = block.gather(1, at_target) + nll[rows, None]
+                shares.mul_(lse.mul_(2 * objective.z_loss).add_(1))
+            # d nll / d logits = softmax - one_hot(target); smoothed, the target's share goes to all
+            smoothing = objective.label_smoothing
+            at_target_less = shares.new_full((1, 1), smoothing - 1.0)
+            shares.scatter_add_(1, at_target, at_target_less.expand_as(at_target))
+            if smoothing:
+                shares.sub_(smoothing / shares.shape[1])
             logits[rows] = shares if slope is None else shares.mul_(slope)
         return logits
 
@@ -152,9 +166,10 @@ class _SupervisedLoss(torch.autograd.Function):
         targets: torch.Tensor,
         weights: torch.Tensor,
         shape: HeadShape,
+        objective: Objective,
     ) -> torch.Tensor:
         wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[:3]
-        wants_any = wants_hidden or wants_weight or wants_bias
+        wanted = objective if wants_hidden or wants_weight or wants_bias else None
         num_targets = len(targets)
         work = _Work.prepare(hidden, weight, bias, shape)
         nll = torch.zeros(num_targets, dtype=torch.float32, device=hidden.device)
@@ -167,7 +182,7 @@ class _SupervisedLoss(torch.autograd.Function):
             weighted = work.hidden * weights[:, None].to(work.hidden.dtype)
             for begin in range(0, num_targets, MIN_CHUNK_ROWS):
                 rows = slice(begin, begin + MIN_CHUNK_ROWS)
-                gradient = work.nll_and_gradient(work.hidden[rows], targets[rows], nll[rows], wants_any)
+                gradient = work.nll_and_gradient(work.hidden[rows], targets[rows], nll[rows], wanted)
                 if d_hidden is not None:
                     d_hidden[rows] = (gradient @ work.weight).mul_(weights[rows, None])
                 if d_weight is not None:
@@ -192,4 +207,4 @@ class _SupervisedLoss(torch.autograd.Function):
             raise RuntimeError("the supervised loss can be differentiated only once")
         # In place: a second matrix of the head's size would be the peak of the step.
         scaled = tuple(None if g is None else g.mul_(grad) for g in gradients)
-        return *scaled, None, None, None
+        return *scaled, None, None, None, None
