@@ -1,10 +1,10 @@
 """The whole run, in the order the data moves. The file to read first.
 
-    config ─► data: load ► format ► render+mask ► (prepared cache) ─► plan: windows, memory
-                                                                        │
-                           model: load ► adapt ──► engine ──► train loop ◄┘
-                                                                │
-                                      evaluate · checkpoint · metrics ─► export ─► report
+config ─► data: load ► format ► render+mask ► (prepared cache) ─► plan: windows, memory
+                                                                    │
+                       model: load ► adapt ──► engine ──► train loop ◄┘
+                                                            │
+                                  evaluate · checkpoint · metrics ─► export ─► report
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from burnish.model.adapt import adapt
 from burnish.model.attention import can_isolate
 from burnish.model.forward import SupervisedModel
 from burnish.model.load import load_model, load_model_config
+from burnish.model.objective import Objective
 from burnish.plan import ModelShape, make_plan, resolve_auto
 from burnish.records import TrainState
 from burnish.report.run_files import write_run_files
@@ -67,7 +68,8 @@ def train(config: Config) -> RunResult:
         quantize=config.adapter.quantize if config.adapter else None,
         tokenizer_size=len(tokenizer),
     )
-    model = adapt(model, config.adapter, config.model.activation_checkpointing, seed=config.train.seed)
+    recompute, freeze = config.model.activation_checkpointing, config.model.freeze
+    model = adapt(model, config.adapter, recompute, seed=config.train.seed, freeze=freeze)
     capability = can_isolate(model, config.model.attention, config.data.max_tokens, config.data.packing)
     layout = capability.packed, shape.cost_model()
     windows = plan_windows(data.train, config.data, config.batch, config.train, ranks.world_size, *layout)
@@ -76,7 +78,9 @@ def train(config: Config) -> RunResult:
         write_run_files(run_dir, config, plan, data.report)
         log.info("%s\n%s", plan.describe(), capability.reason)
 
-    engine = build_engine(config, ranks, device, SupervisedModel(model, capability))
+    engine = build_engine(
+        config, ranks, device, SupervisedModel(model, capability, Objective.of(config.train))
+    )
     exporter = Exporter(config, engine, model, tokenizer, template, ranks)
     recorder = MetricsWriter(
         run_dir, config.log.trackers, ranks, num_steps=windows.num_steps, run_config=config.model_dump()
