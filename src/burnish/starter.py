@@ -76,7 +76,7 @@ def _text(data: Sequence[str], model: str, max_tokens: int, output_dir: Path) ->
 
     train = value(data[0] if len(data) == 1 else list(data))
     return f"""\
-# Written by `burnish init`. `burnish schema` gives an editor every key, `burnish train --help-all` lists them.
+# Written by `burnish init`. Every key: `burnish train --help-all`; for an editor: `burnish schema`.
 model:
   path:{value(model)}
   dtype: bf16                  # bf16 | fp16 | fp32: what the forward runs in

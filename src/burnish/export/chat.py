@@ -31,7 +31,7 @@ def end_of_turn_ids(tokenizer: Any, template: str | None) -> list[int]:
 
 
 def generation_config(
-    base: GenerationConfig | None, tokenizer: PreTrainedTokenizerBase, template: str | None
+    base: GenerationConfig | None, tokenizer: Any, template: str | None
 ) -> GenerationConfig:
     """The base's generation config, made to stop where this tokenizer and template stop."""
     config: Any = copy.deepcopy(base) if base is not None else GenerationConfig()
