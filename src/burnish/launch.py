@@ -122,7 +122,7 @@ def _cause(workers: Sequence[subprocess.Popen[bytes]]) -> int:
     A worker whose partner dies in a collective fails with a traceback, exit code 1, within the
     blink between two looks; so any other code is the likelier cause.
     """
-    codes = [_exit_code(worker.returncode) for worker in workers if worker.returncode]
+    codes = [_exit_code(code) for worker in workers if (code := worker.poll())]
     return next((code for code in codes if code != 1), codes[0] if codes else 0)
 
 

@@ -12,12 +12,17 @@ from typing import Any
 import torch
 
 from burnish.engine.base import Engine, StepResult
+from burnish.engine.build import model_init_context, parameter_dtype
 from burnish.errors import BurnishError
+from burnish.model.adapt import adapt
+from burnish.model.attention import can_isolate
+from burnish.model.forward import SupervisedModel
+from burnish.model.load import load_model
 from burnish.records import MicroBatch, StepStats
-from burnish.runtime import Ranks
+from burnish.runtime import Ranks, barrier
 from burnish.train.loop import TrainJob, train
 from rig.runs import Memory, make_job, run_case, summary, weights_hash
-from rig.toy import toy_config
+from rig.toy import VOCABULARY, toy_config, toy_llama
 
 
 class PoisonedEngine(Engine):
@@ -124,8 +129,33 @@ def _attempt(job: TrainJob) -> dict[str, Any]:
     }
 
 
+def loaded(case: Mapping[str, Any], ranks: Ranks, output_dir: Path) -> dict[str, Any]:
+    """Train a model that is loaded from a folder, as run.py loads it."""
+    folder = output_dir.parent / "toy-llama"
+    if ranks.is_main:
+        toy_llama().save_pretrained(folder)
+    barrier(ranks)
+    settings = {**case["settings"], "model.path": str(folder), "model.init": "pretrained"}
+    config = toy_config(output_dir, settings)
+    device = torch.device("cpu")
+    model = load_model(
+        config.model,
+        seed=config.train.seed,
+        init_context=model_init_context(config, ranks, device),
+        param_dtype=parameter_dtype(config, ranks),
+        quantize=None,
+        tokenizer_size=VOCABULARY,
+    )
+    partitioned = all(p.numel() == 0 for p in model.parameters())
+    model = adapt(model, config.adapter, "none")
+    job = make_job(config, ranks, model=SupervisedModel(model, can_isolate(model)))
+    train(job)
+    return {**summary(job), "partitioned": partitioned}
+
+
 CASES: dict[str, Callable[[Mapping[str, Any], Ranks, Path], dict[str, Any]]] = {
     "plain": plain,
     "poisoned": poisoned,
     "signalled": signalled,
+    "loaded": loaded,
 }

@@ -14,6 +14,7 @@ from burnish.config.schema import Config
 from burnish.data.windows import eval_cuts, plan_windows
 from burnish.engine.base import Engine
 from burnish.engine.build import build_engine, parameter_dtype
+from burnish.model.forward import SupervisedModel
 from burnish.records import EvalStats, StepStats
 from burnish.runtime import Ranks
 from burnish.train.loop import Feed, TrainJob, train
@@ -38,9 +39,17 @@ class Memory:
         self.events.append(event)
 
 
-def make_job(config: Config, ranks: Ranks, *, evaluate: bool = False, tied: bool = False) -> TrainJob:
+def make_job(
+    config: Config,
+    ranks: Ranks,
+    *,
+    evaluate: bool = False,
+    tied: bool = False,
+    model: SupervisedModel | None = None,
+) -> TrainJob:
     device = torch.device("cpu")
-    model = toy_model(config, parameter_dtype(config, ranks), tied=tied)
+    if model is None:
+        model = toy_model(config, parameter_dtype(config, ranks), tied=tied)
     packed = config.data.packing != "off"
     store = toy_store()
     windows = plan_windows(store, config.data, config.batch, config.train, ranks.world_size, packed)

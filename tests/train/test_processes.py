@@ -38,6 +38,7 @@ FP32_VARIANTS = [
 BF16_VARIANTS = [(engine, variant) for engine in ENGINES for variant in ("bf16", "bf16-lora")]
 POISONED = [(engine, "fp32") for engine in ENGINES] + [(f"zero{stage}", "bf16") for stage in (1, 2, 3)]
 STOPPED = ("local", "zero3")
+SHRUNK = ("local", "zero3")
 SIGNALLED = ("local", "zero0", "zero1", "zero3")
 VARIANTS: dict[str, dict[str, Any]] = {
     "packed": {},
@@ -81,6 +82,16 @@ def _first_cases() -> dict[str, Any]:
             "at_step": 3,
             "signal": number,
         }
+    for dtype in ("fp32", "bf16"):
+        settings = {**ENGINES["zero3"], "model.dtype": dtype}
+        cases[f"zero3-loaded-{dtype}"] = {"kind": "loaded", "settings": settings}
+    for engine in SHRUNK:
+        cases[f"{engine}-before"] = {
+            "kind": "signalled",
+            "settings": {**ENGINES[engine], "checkpoint.resume": "auto"},
+            "at_step": 3,
+            "signal": int(signal.SIGTERM),
+        }
     # The last one: it kills a worker.
     cases["killed"] = {"kind": "signalled", "settings": KILLED, "at_step": 5, "signal": int(signal.SIGKILL)}
     return cases
@@ -107,6 +118,26 @@ def _second_cases() -> dict[str, Any]:
     return cases
 
 
+def _cases_of_one_process() -> dict[str, Any]:
+    cases: dict[str, Any] = {
+        f"{engine}-shrunk": {
+            "kind": "plain",
+            "folder": f"{engine}-before",
+            "settings": {**ENGINES[engine], "checkpoint.resume": "must"},
+        }
+        for engine in SHRUNK
+    }
+    cases["zero2-alone"] = {"kind": "plain", "settings": ENGINES["zero2"]}
+    settings = {**ENGINES["local"], **RESUMABLE}
+    cases["local-killed"] = {
+        "kind": "signalled",
+        "settings": settings,
+        "at_step": 5,
+        "signal": int(signal.SIGKILL),
+    }
+    return cases
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("processes")
@@ -125,6 +156,14 @@ def first(folder: Path) -> dict[str, Any]:
 def second(first: dict[str, Any], folder: Path) -> dict[str, Any]:
     """What a new group of two processes found in the folders that the first had left."""
     return run_cases(_second_cases(), folder, 2)
+
+
+@pytest.fixture(scope="module")
+def one_process(first: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """What one process found, in folders of its own and of two processes, until it was killed."""
+    code, results = try_cases(_cases_of_one_process(), folder, 1)
+    assert code == 128 + signal.SIGKILL
+    return results
 
 
 @pytest.fixture(scope="module")
@@ -225,3 +264,35 @@ def test_killed_run_resumes_to_the_bit(first: dict[str, Any], second: dict[str, 
     newest = committed_paths(folder / "killed")[0]
     assert newest.name == "step-00000006"
     assert verify(newest) == []
+
+
+def test_killed_local_run_resumes_to_the_bit(
+    one_process: dict[str, Any], alone: dict[str, Any], folder: Path
+) -> None:
+    assert "local-killed" not in one_process
+    resumed = run_case({**ENGINES["local"], **RESUMABLE}, ALONE, folder / "local-killed")
+    assert resumed["losses"] == alone["packed"]["losses"][4:]
+    assert resumed["hash"] == alone["packed"]["hash"]
+
+
+@pytest.mark.parametrize("engine", SHRUNK)
+def test_two_processes_then_one(
+    engine: str, first: dict[str, Any], one_process: dict[str, Any], alone: dict[str, Any]
+) -> None:
+    before, after = first[f"{engine}-before"], one_process[f"{engine}-shrunk"]
+    assert before["losses"] + after["losses"] == pytest.approx(alone["packed"]["losses"], rel=2e-5)
+    assert before["norms"] + after["norms"] == pytest.approx(alone["packed"]["norms"], rel=2e-5)
+    assert before["example_ids"] + after["example_ids"] == alone["packed"]["example_ids"]
+
+
+def test_deepspeed_on_one_process(one_process: dict[str, Any], alone: dict[str, Any]) -> None:
+    assert one_process["zero2-alone"]["losses"] == pytest.approx(alone["packed"]["losses"], rel=2e-5)
+
+
+@pytest.mark.parametrize(("dtype", "bound"), [("fp32", 2e-5), ("bf16", 1e-2)])
+def test_loaded_partitioned(dtype: str, bound: float, first: dict[str, Any], alone: dict[str, Any]) -> None:
+    """A pretrained model is partitioned while it is loaded, and is the same model."""
+    result = first[f"zero3-loaded-{dtype}"]
+    assert result["partitioned"]
+    assert result["losses"] == pytest.approx(alone["packed"]["losses"], rel=bound)
+    assert result["shapes"] == alone["packed"]["shapes"]

@@ -1,38 +1,79 @@
-"""The optimizer, and which parameters it decays. Knows torch, but no engine."""
+"""The optimizer, and what each group of parameters gets of it. Knows torch, but no engine."""
 
 from __future__ import annotations
 
+import importlib.util
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
+from burnish.config.patterns import names_part
 from burnish.config.schema import OptimConfig
+from burnish.engine.muon import MuonAdamW
+from burnish.errors import ConfigError, MachineError, Problem
 
 
 def build_param_groups(model: nn.Module, optim: OptimConfig) -> list[dict[str, Any]]:
-    """Split the trainable parameters into those that decay and those that do not.
+    """Split the trainable parameters by what they get: decay or not, their rate's factor, Muon or AdamW.
 
     Weight decay pulls matrices towards zero; on norms' scales and on biases (one dimension) it
-    only fights the data, so they are exempt. Dimensions are taken from the full shape: ZeRO-3
-    leaves an empty placeholder in `shape` and keeps the full one in `ds_shape`.
+    only fights the data, so they are exempt. Muon is for the matrices between embeddings and head,
+    which are lists of vectors rather than maps.
 
     Returns:
-        One or two groups for `torch.optim`, empty ones left out, in the model's own order.
+        Groups for `torch.optim`, none empty, each in the model's own order.
 
     Raises:
+        ConfigError: A pattern of `optim.group_lr` names nothing that is trained.
         ValueError: Nothing is trainable.
     """
-    trainable = [p for p in model.parameters() if p.requires_grad]
+    trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     if not trainable:
         raise ValueError("the model has no trainable parameter")
-    decayed = [p for p in trainable if _num_dimensions(p) >= 2]
-    exempt = [p for p in trainable if _num_dimensions(p) < 2]
-    groups = [
-        {"params": decayed, "weight_decay": optim.weight_decay},
-        {"params": exempt, "weight_decay": 0.0},
+    factors = _rate_factors([name for name, _ in trainable], optim)
+    lists_of_vectors = _embeddings_and_heads(model) if optim.name == "muon" else set()
+    groups: dict[tuple[bool, float, bool], list[nn.Parameter]] = {}
+    for (_, parameter), factor in zip(trainable, factors, strict=True):
+        is_matrix = _num_dimensions(parameter) >= 2
+        orthogonal = optim.name == "muon" and is_matrix and id(parameter) not in lists_of_vectors
+        groups.setdefault((is_matrix, factor, orthogonal), []).append(parameter)
+    # Matrices first, whatever comes first in the model: the order is part of what a checkpoint holds.
+    return [
+        {
+            "params": groups[key],
+            "weight_decay": optim.weight_decay if key[0] else 0.0,
+            "lr_factor": key[1],
+            "orthogonal": key[2],
+        }
+        for key in sorted(groups, reverse=True)
     ]
-    return [group for group in groups if group["params"]]
+
+
+def _rate_factors(names: Sequence[str], optim: OptimConfig) -> list[float]:
+    """The factor on each parameter's rate; the last pattern that names it counts."""
+    factors = [1.0] * len(names)
+    problems = []
+    for pattern, factor in optim.group_lr.items():
+        named = [number for number, name in enumerate(names) if names_part(pattern, name)]
+        for number in named:
+            factors[number] = factor
+        if not named:
+            cure = f"Something that is trained: {names[0]}."
+            problems.append(Problem("optim.group_lr", f"nothing trained is called {pattern!r}", cure))
+    if problems:
+        raise ConfigError(*problems)
+    return factors
+
+
+def _embeddings_and_heads(model: nn.Module) -> set[int]:
+    layers = [module for module in model.modules() if isinstance(module, nn.Embedding)]
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel):
+            layers.append(module.get_output_embeddings())
+    return {id(p) for layer in layers if layer is not None for p in layer.parameters()}
 
 
 def _num_dimensions(parameter: nn.Parameter) -> int:
@@ -42,25 +83,42 @@ def _num_dimensions(parameter: nn.Parameter) -> int:
 
 
 def build_optimizer(model: nn.Module, optim: OptimConfig, fused: bool = True) -> torch.optim.Optimizer:
-    """AdamW over `build_param_groups`, the fused kernel (5 to 7 times the loop's speed on a CPU).
+    """The optimizer that the config names, over `build_param_groups`.
 
     Args:
         model: Its parameters that require gradients are optimized.
-        optim: Learning rate, betas, eps and decay; the rate is set anew at every step.
-        fused: Ask for the fused kernel; taken where every parameter is on a device that has one.
+        optim: Name, learning rate, betas, eps and decay; the rate is set anew at every step.
+        fused: Ask for AdamW's fused kernel (5 to 7 times the loop's speed on a CPU); taken where every
+            parameter is on a device that has one.
+
+    Raises:
+        ConfigError: See `build_param_groups`.
+        MachineError: adamw_8bit without bitsandbytes.
     """
     groups = build_param_groups(model, optim)
     devices = {p.device.type for group in groups for p in group["params"]}
-    return torch.optim.AdamW(
-        groups,
-        lr=optim.lr,
-        betas=optim.betas,
-        eps=optim.eps,
-        fused=fused and devices <= {"cpu", "cuda"},
-    )
+    fused = fused and devices <= {"cpu", "cuda"}
+    if optim.name == "adamw":
+        return torch.optim.AdamW(groups, lr=optim.lr, betas=optim.betas, eps=optim.eps, fused=fused)
+    if optim.name == "muon":
+        return MuonAdamW(groups, optim.lr, optim.betas, optim.eps, fused)
+    if optim.name == "adafactor":
+        return torch.optim.Adafactor(groups, lr=optim.lr)
+    return _adamw_8bit(groups, optim)
+
+
+def _adamw_8bit(groups: list[dict[str, Any]], optim: OptimConfig) -> torch.optim.Optimizer:
+    if importlib.util.find_spec("bitsandbytes") is None:
+        cure = 'Install it with pip install "burnish[bitsandbytes]", or use optim.name: adamw.'
+        raise MachineError(
+            Problem("optim.name", "adamw_8bit needs bitsandbytes, which is not installed", cure)
+        )
+    from bitsandbytes.optim import AdamW8bit
+
+    return AdamW8bit(groups, lr=optim.lr, betas=optim.betas, eps=optim.eps, weight_decay=optim.weight_decay)
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """Use `lr` for every group of the next step."""
+    """Use `lr`, times its factor, for every group of the next step."""
     for group in optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = lr * group["lr_factor"]

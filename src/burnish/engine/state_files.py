@@ -26,9 +26,10 @@ def trained_state(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
-    """The optimizer's tensors as `parameter name/key`; its numbers are tensors in torch's AdamW.
+    """The optimizer's state as `parameter name/key`, all of it tensors.
 
-    A parameter that was never stepped has no state and no entry.
+    A parameter that was never stepped has no state and no entry. Whole numbers (the steps that
+    bitsandbytes counts) become int64 scalars, which no optimizer here has of its own.
     """
     names = {id(p): name for name, p in model.named_parameters()}
     flat: dict[str, torch.Tensor] = {}
@@ -54,13 +55,22 @@ def restore_optimizer_state(
                     "Resume the run it came from.",
                 )
             )
+        if value.dtype == torch.int64 and value.dim() == 0:
+            optimizer.state[parameters[name]][key] = int(value)
+            continue
         # Fused AdamW wants `step` on the parameter's device, and so does everything else.
         optimizer.state[parameters[name]][key] = value.to(parameters[name].device, copy=True)
 
 
 def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Write tensors to one safetensors file."""
-    save_file({name: t.cpu().contiguous() for name, t in tensors.items()}, path)
+    """Write tensors to one safetensors file, which wants each to have memory of its own."""
+    seen: set[int] = set()
+    on_cpu: dict[str, torch.Tensor] = {}
+    for name, tensor in tensors.items():
+        copied = tensor.cpu().contiguous()
+        on_cpu[name] = copied.clone() if copied.data_ptr() in seen else copied
+        seen.add(copied.data_ptr())
+    save_file(on_cpu, path)
 
 
 def read_tensors(path: Path) -> dict[str, torch.Tensor]:
