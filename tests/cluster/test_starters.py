@@ -120,6 +120,7 @@ def same_losses(run_dir, expected):
     assert tiny_job.losses(run_dir) == pytest.approx(expected, rel=TOLERANCE)
 
 
+@pytest.mark.slow
 def test_torchrun_on_one_host(config_path, tmp_path, reference):
     flags = ["--engine.kind", "local", "--output_dir", str(tmp_path)]
     argv = torchrun(1, 0, "127.0.0.1", free_port(), config_path, *flags)
