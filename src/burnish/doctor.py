@@ -110,6 +110,10 @@ def _look_at_system() -> Iterator[Finding]:
 
 
 def _look_at_packages() -> Iterator[Finding]:
+    if _version("burnish") is None:
+        cure = "pip install burnish (or -e . in a checkout), to have its packages checked."
+        yield Finding("packages", "burnish runs from its source, without being installed", "note", cure)
+        return
     requirements = importlib.metadata.requires("burnish") or []
     needed = [re.split(r"[^\w.-]", r, maxsplit=1)[0] for r in requirements if "extra ==" not in r]
     versions = {name: _version(name) for name in needed}
