@@ -14,11 +14,12 @@ import numpy as np
 import pytest
 
 from burnish.checkpoint.manifest import checkpoint_path, committed_paths
-from burnish.errors import InterruptedRunError
+from burnish.errors import InterruptedRunError, TrainingStoppedError
 from burnish.records import StepStats
 from burnish.runtime import Ranks
 from burnish.train.loop import train
 from burnish.train.signals import StopRequest
+from rig.cases import PoisonedEngine
 from rig.runs import Memory, make_job, run_case, summary
 from rig.toy import toy_config
 
@@ -120,6 +121,16 @@ def test_resume_from_an_older_path(tmp_path: Path) -> None:
 def test_log_every_steps_keeps_first_and_last(tmp_path: Path) -> None:
     result = run_case({"log.every_steps": 4}, ALONE, tmp_path)
     assert len(result["losses"]) == 3  # steps 1, 4, 6
+
+
+def test_no_checkpoint_of_a_skipped_step(tmp_path: Path) -> None:
+    """Stopped in a row of skipped steps, the newest checkpoint is from before the row."""
+    job = make_job(toy_config(tmp_path, {"checkpoint.every_steps": 1}), ALONE)
+    job = replace(job, engine=PoisonedEngine(job.engine, dict.fromkeys((3, 4, 5), math.nan)))
+    with pytest.raises(TrainingStoppedError, match="step-00000002") as caught:
+        train(job)
+    assert caught.value.exit_code == 5
+    assert committed_paths(tmp_path)[0] == checkpoint_path(tmp_path, 2)
 
 
 def test_second_signal_acts_as_without_us() -> None:

@@ -296,3 +296,41 @@ def test_loaded_partitioned(dtype: str, bound: float, first: dict[str, Any], alo
     assert result["partitioned"]
     assert result["losses"] == pytest.approx(alone["packed"]["losses"], rel=bound)
     assert result["shapes"] == alone["packed"]["shapes"]
+
+
+@pytest.mark.slow
+def test_offloading_moves_nothing(alone: dict[str, Any], tmp_path: Path) -> None:
+    """Optimizer state and weights kept on the CPU's side: the code path of a GPU's offload."""
+    cases = {}
+    for stage in (1, 2, 3):
+        settings = {**ENGINES[f"zero{stage}"], "engine.offload_optimizer": "cpu"}
+        if stage == 3:
+            settings["engine.offload_params"] = "cpu"
+        cases[f"{stage}"] = {"kind": "plain", "settings": settings}
+    for result in run_cases(cases, tmp_path, 2).values():
+        assert result["losses"] == pytest.approx(alone["packed"]["losses"], rel=2e-5)
+        assert result["norms"] == pytest.approx(alone["packed"]["norms"], rel=2e-5)
+
+
+@pytest.mark.slow
+def test_every_stage_shrinks_and_grows(alone: dict[str, Any], tmp_path: Path) -> None:
+    """Two processes, then one, then two again; full and LoRA."""
+    engines = [(engine, variant) for engine in ENGINES for variant in ("packed", "lora")]
+
+    def cases(first_steps: int | None) -> dict[str, Any]:
+        made = {}
+        for engine, variant in engines:
+            settings = {**ENGINES[engine], **VARIANTS[variant], "checkpoint.resume": "auto"}
+            made[f"{engine}-{variant}"] = {
+                "kind": "signalled",
+                "folder": f"run-{engine}-{variant}",
+                "settings": settings,
+                "at_step": first_steps,
+                "signal": int(signal.SIGTERM),
+            }
+        return made
+
+    parts = [run_cases(cases(last), tmp_path, n) for last, n in ((1, 2), (3, 1), (None, 2))]
+    for engine, variant in engines:
+        losses = [loss for part in parts for loss in part[f"{engine}-{variant}"]["losses"]]
+        assert losses == pytest.approx(alone[variant]["losses"], rel=2e-5)

@@ -170,12 +170,14 @@ def _one_step(
         job.recorder.train(stats)
     if not stats.applied:
         _record_skip(job, keeper, state, stats)
-    if last or _is_due(state.step, config.eval.every_steps):
+    # Who sent a signal waits half a minute or so: the checkpoint comes first, an evaluation would not fit.
+    if last or (_is_due(state.step, config.eval.every_steps) and not must_stop):
         state = _evaluate_and_track(job, state)
-    if _is_due(state.step, config.checkpoint.every_steps):
-        keeper.save(state)
     if stats.applied:
         keeper.good_state = state
+        # Never in a row of skipped steps: if it stops the run, the newest is from before the row.
+        if _is_due(state.step, config.checkpoint.every_steps):
+            keeper.save(state)
     return state, must_stop
 
 
