@@ -23,6 +23,7 @@ from burnish.data.pack import pack_window
 from burnish.data.policies import fate, resolve_policies
 from burnish.data.prepare import PEEK_ROWS
 from burnish.data.problems import RULES, RowProblem
+from burnish.data.stamp import date_of_run
 from burnish.data.texts import Mender
 from burnish.data.tokenizer import load_tokenizer
 from burnish.data.windows import micro_budget
@@ -111,7 +112,7 @@ def gather(config: Config, num_examples: int, source: str | None = None, row: st
     if num_examples < 1:
         raise ConfigError(Problem("-n", f"{num_examples} examples cannot be shown", "Give 1 or more."))
     tokenizer, template = load_tokenizer(config.model, config.data)
-    encoder = Encoder(tokenizer, template, config.data)
+    encoder = Encoder(tokenizer, template, config.data, date_of_run(config))
     span = max(SPAN_ROWS, num_examples)
     piles = [_Pile(name, origin, encoder, config, span, row) for name, origin in _chosen(config, source)]
     if row is not None and not any(pile.num_left for pile in piles):

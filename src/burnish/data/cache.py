@@ -29,6 +29,8 @@ log = logging.getLogger("burnish")
 FORMAT_VERSION = 1
 """Part of every key. Raise it when the same input is to give other examples or another layout."""
 SUMMARY_FILE = "summary.json"
+UNUSED_SECONDS = 30 * 24 * 3600
+"""A part that no run has looked at for so long is cleared away: it can be prepared again."""
 STALE_SECONDS = 24 * 3600
 """After this time a folder that another machine's run never finished is cleared away."""
 
@@ -47,6 +49,12 @@ def read_summary(folder: Path) -> dict[str, Any] | None:
     except (OSError, ValueError, KeyError, TypeError):
         return None
     return summary if sizes == summary["files_bytes"] else None
+
+
+def mark_used(folder: Path) -> None:
+    """Note that a run uses the part today, so that it is not cleared away."""
+    with contextlib.suppress(OSError):  # somebody else's cache may be read-only
+        os.utime(folder / SUMMARY_FILE)
 
 
 def commit(staged: Path, folder: Path, summary: Mapping[str, Any]) -> None:
@@ -84,6 +92,7 @@ def open_cache(cache: Path) -> None:
     try:
         cache.mkdir(parents=True, exist_ok=True)
         _clear_stale(cache)
+        _clear_unused(cache)
         probe = cache / f".staging-{_owner()}"
         probe.mkdir()
         probe.rmdir()
@@ -122,6 +131,24 @@ def _clear_stale(cache: Path) -> None:
                 shutil.rmtree(folder, ignore_errors=True)
 
 
+def _clear_unused(cache: Path) -> None:
+    """Clear away parts that no run has used for `UNUSED_SECONDS`, and lock files as old.
+
+    A run that still maps a part's files keeps them: they go from the disk when it ends.
+    """
+    before = time.time() - UNUSED_SECONDS
+    for summary in cache.glob(f"*/{SUMMARY_FILE}"):
+        with contextlib.suppress(OSError):
+            if summary.stat().st_mtime < before:
+                log.info("%s: prepared data, unused for 30 days, is cleared away", summary.parent)
+                summary.unlink()  # first, so that a half-deleted part is never taken for whole
+                shutil.rmtree(summary.parent, ignore_errors=True)
+    for lock in cache.glob(".lock-*"):
+        with contextlib.suppress(OSError):
+            if lock.stat().st_mtime < before:
+                lock.unlink()
+
+
 def _is_alive(pid: int) -> bool:
     try:
         os.kill(pid, 0)
@@ -137,14 +164,15 @@ def one_at_a_time(cache: Path, key: str) -> Iterator[None]:
     """Let one process at a time prepare a part; the others wait, and then find it prepared.
 
     Only saves work: where the file system has no locks, all prepare it, and one folder stays. A
-    lock ends with its process, so none is ever left behind.
+    lock ends with its process; its empty file is removed by whoever held it last.
     """
     try:
         import fcntl
     except ImportError:  # not on Windows
         yield
         return
-    with (cache / f".lock-{key}").open("w") as handle:
+    file = cache / f".lock-{key}"
+    with file.open("w") as handle:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -152,4 +180,9 @@ def one_at_a_time(cache: Path, key: str) -> Iterator[None]:
             fcntl.flock(handle, fcntl.LOCK_EX)
         except OSError as error:
             log.debug("No lock on %s: %s", cache, error)
-        yield
+        try:
+            yield
+        finally:
+            # Removed while it is held. Who waited for it finds the part prepared; who comes now makes a
+            # lock of its own, and finds it prepared as well.
+            file.unlink(missing_ok=True)

@@ -23,7 +23,7 @@ import datetime
 import itertools
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -48,7 +48,10 @@ TEMPLATE_FAILURES = (
 NOBODY = -1
 """Owner of text that no message wrote, such as a default system prompt."""
 
-_PLANES = ((0xE000, 0xF8FF), (0xF0000, 0xFFFFD))
+_PLANES = tuple(
+    (first, last, re.compile(f"([{chr(first)}-{chr(last)}])"))
+    for first, last in ((0xE000, 0xF8FF), (0xF0000, 0xFFFFD))
+)
 """Private-use characters that marks are made of; the second plane where a text has such a character
 itself, or where there are more marks than the first one holds. (The third plane is control.py's.)"""
 
@@ -176,17 +179,29 @@ def _environment(tracker: _Tracker | None, today: datetime.date) -> ImmutableSan
     if tracker is None:
         environment.globals["burnish_generation"] = lambda caller: caller()
     else:
-        environment.globals.update(
-            burnish_enter=tracker.enter,
-            burnish_assign=tracker.assign,
-            burnish_leave=tracker.leave,
-            burnish_generation=tracker.generation,
+        environment.globals["burnish_generation"] = tracker.generation
+        environment.filters.update(
+            {
+                f"burnish_{kind.__name__}": _never_folded(kind)
+                for kind in (tracker.enter, tracker.assign, tracker.leave)
+            }
         )
     return environment
 
 
-def _call(name: str, *arguments: nodes.Expr) -> nodes.Output:
-    return nodes.Output([nodes.Call(nodes.Name(name, "load"), list(arguments), [], None, None)])
+def _never_folded(call: Callable[..., str]) -> Callable[..., str]:
+    """A filter that Jinja does not work out while it compiles, although its argument is a constant."""
+
+    @jinja2.pass_context
+    def filtered(_context: Any, loop: int, *items: Any) -> str:
+        return call(loop, *items)
+
+    return filtered
+
+
+def _call(name: str, loop: int, *arguments: nodes.Expr) -> nodes.Output:
+    # A filter, because every call of a function goes through the sandbox, which takes longer than the call.
+    return nodes.Output([nodes.Filter(nodes.Const(loop), name, list(arguments), [], None, None)])
 
 
 def _names(target: nodes.Node) -> list[nodes.Expr]:
@@ -227,7 +242,7 @@ def _instrument(node: nodes.Node, found: _Instrumented, loop: int | None, captur
         found.num_loops += 1
         found.captures |= captured
         loop = found.num_loops
-        node.body.insert(0, _call("burnish_enter", nodes.Const(loop), *_names(node.target)))
+        node.body.insert(0, _call("burnish_enter", loop, *_names(node.target)))
     for name, statements in list(node.iter_fields()):
         if name in _STATEMENT_LISTS and isinstance(statements, list):
             setattr(node, name, list(_instrumented(statements, found, loop, captured)))
@@ -241,10 +256,10 @@ def _instrumented(
         _instrument(statement, found, loop, captured)
         yield statement
         if isinstance(statement, nodes.For) and found.num_loops > before:
-            yield _call("burnish_leave", nodes.Const(before + 1))
+            yield _call("burnish_leave", before + 1)
         elif loop is not None and _takes_an_item(statement):
             assert isinstance(statement, nodes.Assign)
-            yield _call("burnish_assign", nodes.Const(loop), *_names(statement.target))
+            yield _call("burnish_assign", loop, *_names(statement.target))
 
 
 def _takes_an_item(statement: nodes.Node) -> bool:
@@ -298,12 +313,12 @@ class TrackedTemplate:
             UnprovedRenderingError: It cannot be told which message wrote which character.
             TEMPLATE_FAILURES: The template refuses the conversation.
         """
-        for first, last in _PLANES:
+        for first, last, pattern in _PLANES:
             self._tracker.start(messages, first)
             marked = self._tracked.render(messages=messages, **variables)
             if len(self._tracker.events) > last - first + 1:
                 continue
-            rendering = self._read(marked, re.compile(f"([{chr(first)}-{chr(last)}])"))
+            rendering = self._read(marked, pattern)
             if rendering is None:
                 continue
             if self._captures and rendering.text != self.plain(messages, variables):

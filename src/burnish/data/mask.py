@@ -14,8 +14,7 @@ way. Nothing is ever tokenised apart, and no text is rendered in part.
 from __future__ import annotations
 
 import datetime
-import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -25,10 +24,12 @@ from jaxtyping import Float32, Int32
 from tokenizers import Tokenizer
 
 from burnish.config.schema import DataConfig
+from burnish.data import stamp
 from burnish.data.control import Aliased, ControlTokens
 from burnish.data.fit import Encoded, example_of, halves, num_supervised, truncated
 from burnish.data.problems import RowProblem
 from burnish.data.render import ChatRenderer, Span
+from burnish.data.weights import token_weights
 from burnish.errors import DataError, Problem
 from burnish.records import Conversation, Message
 
@@ -74,7 +75,7 @@ class Encoder:
         data: DataConfig,
         today: datetime.date | None = None,
     ) -> None:
-        self.today = today or _today()
+        self.today = today or stamp.today()
         self._parts = (tokenizer, template, data, self.today)
         self._data = data
         backend = tokenizer.backend_tokenizer
@@ -192,14 +193,14 @@ class Encoder:
         slow = [job for job in jobs if job.aliased is not None]
         encodings = self._backend.encode_batch([job.text for job in fast], add_special_tokens=False)
         tokenised = [
-            (job, np.array(e.ids, np.int32), _weights(e.offsets, job.spans))
+            (job, np.array(e.ids, np.int32), token_weights(e, job.spans))
             for job, e in zip(fast, encodings, strict=True)
         ]
         texts = [job.aliased.text for job in slow if job.aliased]
         for job, (ids, e) in zip(slow, self._control.encode(texts) if slow else [], strict=True):
             assert job.aliased is not None
             spans = [(job.aliased.position(a), job.aliased.position(b), w) for a, b, w in job.spans]
-            tokenised.append((job, ids, _weights(e.offsets, spans)))
+            tokenised.append((job, ids, token_weights(e, spans)))
         return [
             (job, *self._surrounded(ids, weights)) if job.is_plain else (job, ids, weights)
             for job, ids, weights in tokenised
@@ -240,10 +241,12 @@ class Encoder:
         ):
             what = "the tokenizer makes a control token of ordinary letters, so they cannot be escaped"
             return [Encoded(job.index, None, RowProblem("control_tokens", what))]
-        first, *others = self._fit(job.index, job.conversation, ids, weights)
+        fitted = self._fit(job.index, job.conversation, ids, weights)
+        if not job.num_typed and not job.warnings:
+            return fitted
         # Typed control tokens are counted once, with the first part of a conversation that was split.
-        first = replace(first, num_control_tokens_typed=job.num_typed)
-        return [replace(encoded, warnings=job.warnings) for encoded in (first, *others)]
+        fitted[0] = replace(fitted[0], num_control_tokens_typed=job.num_typed)
+        return [replace(encoded, warnings=job.warnings) for encoded in fitted]
 
     def _fit(
         self,
@@ -293,18 +296,6 @@ class Encoder:
             return []
         # Each half is encoded like any conversation, and splits itself again where it must.
         return [replace(part, index=index) for part in self.encode(two)]
-
-
-def _weights(
-    offsets: Sequence[tuple[int, int]], spans: Sequence[tuple[int, int, float]]
-) -> Float32[np.ndarray, " tokens"]:
-    """The weight of each token: that of the span that it shares a character with, else 0."""
-    bounds = np.array(offsets, np.int64).reshape(-1, 2)
-    starts, ends = bounds[:, 0], bounds[:, 1]
-    weights = np.zeros(len(bounds), np.float32)
-    for start, end, weight in spans:
-        weights[(ends > start) & (starts < end)] = weight
-    return weights
 
 
 def _weighted_spans(
@@ -365,13 +356,3 @@ def _special_tokens_around(tokenizer: PreTrainedTokenizerBase) -> tuple[tuple[in
             before = tuple(around[:start])
             break
     return before, tokenizer.eos_token_id  # pyright: ignore[reportReturnType]
-
-
-def _today() -> datetime.date:
-    """The date of `SOURCE_DATE_EPOCH` (https://reproducible-builds.org/docs/source-date-epoch/), so that
-    a run can be repeated on another day, or today's."""
-    epoch: Mapping[str, str] = os.environ
-    seconds = epoch.get("SOURCE_DATE_EPOCH", "")
-    if seconds.isdigit():
-        return datetime.datetime.fromtimestamp(int(seconds), datetime.UTC).date()
-    return datetime.date.today()

@@ -20,12 +20,14 @@ from burnish.data.cache import (
     FORMAT_VERSION,
     commit,
     digest_of,
+    mark_used,
     one_at_a_time,
     open_cache,
     read_summary,
     staging,
 )
 from burnish.data.encode import BatchEncoder
+from burnish.data.forecast import forecast_packing
 from burnish.data.format import RowFormat, detect_format
 from burnish.data.holdout import split_off
 from burnish.data.load import FileFacts, Row, expand_source, file_facts, read_rows, source_names
@@ -35,6 +37,7 @@ from burnish.data.policies import resolve_policies
 from burnish.data.problems import shorten
 from burnish.data.progress import progress
 from burnish.data.report import bad_fraction_problem, build_report
+from burnish.data.stamp import date_of_run, stamps_dates
 from burnish.data.store import ExampleStore, Part, PartWriter
 from burnish.data.tally import NUM_SHOWN, Tally, error_problems
 from burnish.errors import DataError, Problem
@@ -126,7 +129,7 @@ def prepare(config: Config, tokenizer: PreTrainedTokenizerBase, template: str | 
     if problems:
         raise DataError(*problems)
     parts = [result for result in results if isinstance(result, PreparedPart)]
-    return _assemble(config, parts)
+    return _assemble(config, parts, kitchen.stamped_date)
 
 
 def cache_folder(config: Config) -> Path:
@@ -158,15 +161,15 @@ class _Kitchen:
     def __init__(self, config: Config, tokenizer: PreTrainedTokenizerBase, template: str | None) -> None:
         self._data = config.data
         self._policies = resolve_policies(config.data)
-        self._encoder = Encoder(tokenizer, template, config.data)
+        self._encoder = Encoder(tokenizer, template, config.data, date_of_run(config))
         self._backend: Any = tokenizer.backend_tokenizer  # pyright: ignore[reportAttributeAccessIssue]
         self.cache = cache_folder(config)
-        stamps_dates = template is not None and "strftime_now" in template
+        self.stamped_date = str(self._encoder.today) if stamps_dates(template) else None
         self._made_from = {
             "format_version": FORMAT_VERSION,
             "tokenizer": digest_of([self._backend.to_str(), _special_tokens(tokenizer)]),
             "template": template,
-            "today": str(self._encoder.today) if stamps_dates else None,
+            "today": self.stamped_date,
             "libraries": {name: version(name) for name in LIBRARIES},
             "policies": self._policies,
             **_keys(config.data),
@@ -193,6 +196,7 @@ class _Kitchen:
                     return outcome
                 summary = read_summary(folder)
             else:
+                mark_used(folder)
                 log.info("%s: prepared before, found in %s", origin.name, folder)
         if summary is None:
             raise DataError(
@@ -265,7 +269,7 @@ def _special_tokens(tokenizer: PreTrainedTokenizerBase) -> Any:
     return [{k: str(v) for k, v in tokenizer.special_tokens_map.items()}, list(ids), len(tokenizer)]  # type: ignore[arg-type]
 
 
-def _assemble(config: Config, parts: Sequence[PreparedPart]) -> PreparedData:
+def _assemble(config: Config, parts: Sequence[PreparedPart], stamped_date: str | None) -> PreparedData:
     problem = bad_fraction_problem([part.summary for part in parts], config.data)
     if problem:
         raise DataError(problem)
@@ -284,7 +288,12 @@ def _assemble(config: Config, parts: Sequence[PreparedPart]) -> PreparedData:
         + ([config.train.seed] if held_out is not None else [])
     )
     report = build_report(config.data, [_described(part) for part in parts], opened, train, evaluation)
-    return PreparedData(train, evaluation, {**report, "fingerprint": fingerprint}, fingerprint)
+    report |= {
+        "packing": forecast_packing(config, train),
+        "stamped_date": stamped_date,
+        "fingerprint": fingerprint,
+    }
+    return PreparedData(train, evaluation, report, fingerprint)
 
 
 def _described(part: PreparedPart) -> dict[str, Any]:

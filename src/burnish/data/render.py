@@ -212,7 +212,8 @@ class ChatRenderer:
     def _learned_header(
         self, before: str, tools: Sequence[Mapping[str, Any]] | None, arguments: Mapping[str, Any]
     ) -> _Header | None:
-        key = (before, json.dumps(arguments, sort_keys=True, default=str), bool(tools))
+        given = json.dumps(arguments, sort_keys=True, default=str) if arguments else ""
+        key = (before, given, bool(tools))
         if key not in self._headers:
             header = self._learn_header(before, tools, arguments)
             if header is None and before != "user":

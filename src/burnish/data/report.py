@@ -225,6 +225,10 @@ def _describe_whole(report: Mapping[str, Any]) -> list[str]:
                 f"{use:<6} {counts['examples']:,} examples, {counts['tokens']:,} tokens, "
                 f"{counts['supervised_tokens']:,} supervised; the longest has {counts['longest_tokens']:,}"
             )
+    if "packing" in report:
+        lines += _describe_packing(report["packing"])
+    if report.get("stamped_date"):
+        lines.append(f"date   the template stamps {report['stamped_date']}, now and when the run is resumed")
     totals = report["totals"]
     if totals["rows_dropped"]:
         lines.append(
@@ -240,6 +244,14 @@ def _describe_whole(report: Mapping[str, Any]) -> list[str]:
             lines.append(f"note   {found['rows']:,} {text}:")
             lines += [f"    {pair['place']} = {pair['same_as']}" for pair in found["places"]]
     return lines
+
+
+def _describe_packing(packing: Mapping[str, Any]) -> list[str]:
+    full = "" if packing["fill"] is None else f", {packing['fill']:.0%} of {packing['micro_tokens']:,}"
+    return [
+        f"pack   about {packing['examples_per_forward']:,.1f} examples, {packing['tokens_per_forward']:,.0f} "
+        f"tokens, to a forward{full}; padded instead, {packing['padding_if_padded']:.0%} would be padding"
+    ]
 
 
 def _share(part: int, whole: int) -> str:

@@ -249,8 +249,8 @@ def plan_windows(
 
     Windows hold `batch.global_examples` examples, or as many as `batch.global_tokens` tokens have room
     for (at least one). They end where an epoch ends. The run ends after `train.max_steps` steps where
-    that is given, passing over the data as often as it takes, else after `train.epochs`. With `data.mix: weighted` an epoch has as many examples as
-    all sources together, each source its share.
+    that is given, passing over the data as often as it takes, else after `train.epochs`. With
+    `data.mix: weighted` an epoch has as many examples as all sources together, each source its share.
 
     Args:
         counts: Numbers of the training examples (`ExampleStore` has them).
