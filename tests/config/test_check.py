@@ -34,6 +34,19 @@ def folder(tmp_path, monkeypatch):
         ("--engine.sequence_parallel 2", "engine.sequence_parallel", "not built"),
         ("--batch.global_examples 8 --batch.global_tokens 9999", "batch.global_tokens", "together"),
         ("--batch.micro_tokens 8192 --batch.micro_examples 2", "batch.micro_examples", "together"),
+        ("--optim.name adafactor --engine.kind deepspeed", "optim.name", "whole matrices"),
+        ("--optim.name adafactor --launch.num_processes 2", "optim.name", "engine.zero_stage: 0"),
+        (
+            "--optim.name muon --engine.kind deepspeed --engine.offload_optimizer cpu",
+            "optim.name",
+            "not supported",
+        ),
+        (
+            "--schedule.name wsd --schedule.warmup_ratio 0.6 --schedule.decay_ratio 0.5",
+            "schedule.decay_ratio",
+            "more than all steps",
+        ),
+        ("--model.freeze ['*']", "model.freeze", "everything"),
         ("--data.max_tokens 1", "data.max_tokens", "nothing"),
         ("--data.eval rows.jsonl --data.eval_fraction 0.1", "data.eval_fraction", "together"),
         ("--eval.every_steps 5", "eval.every_steps", "no data"),
@@ -82,6 +95,10 @@ def test_weights_need_the_weighted_mix():
         "--engine.zero_stage 3 --engine.offload_params cpu",
         "--model.path model --model.init random --adapter.rank 4 --model.trust_remote_code",
         "--eval.every_steps 5 --data.eval_fraction 0.1",
+        "--optim.name adafactor",
+        "--optim.name adafactor --engine.kind deepspeed --engine.zero_stage 0",
+        "--optim.name muon --engine.kind deepspeed --engine.zero_stage 3 --model.freeze [embed_tokens]",
+        "--schedule.name wsd --schedule.decay_ratio 0.2 --train.router_aux_loss auto --train.z_loss 1e-4",
     ],
 )
 def test_what_is_right_passes(flags):

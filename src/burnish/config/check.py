@@ -27,6 +27,7 @@ def check_config(config: Config) -> list[Problem]:
         *_check_data(config),
         *_check_batch(config),
         *_check_engine(config),
+        *_check_training(config),
         *_check_run(config),
         *_check_output(config),
     ]
@@ -152,6 +153,34 @@ def _check_engine(config: Config) -> Iterator[Problem]:
     if engine.sequence_parallel > 1:
         what = f"is {engine.sequence_parallel}: splitting a sequence over ranks is not built yet"
         yield Problem("engine.sequence_parallel", what, "Leave it at 1.")
+
+
+def unsuited_optimizer(config: Config) -> Problem | None:
+    """Why `optim.name` cannot work under DeepSpeed as configured, if it cannot."""
+    name, stage = config.optim.name, config.engine.zero_stage
+    if name == "adafactor" and stage > 0:
+        what = f"adafactor looks at whole matrices, which engine.zero_stage {stage} cuts into pieces"
+        return Problem("optim.name", what, "Set engine.zero_stage: 0, or optim.name: adamw_8bit.")
+    if name in ("muon", "adamw_8bit") and config.engine.offload_optimizer != "none":
+        what = f"{name} is not supported with engine.offload_optimizer {config.engine.offload_optimizer}"
+        return Problem("optim.name", what, "Set engine.offload_optimizer: none, or optim.name: adamw.")
+    return None
+
+
+def _check_training(config: Config) -> Iterator[Problem]:
+    processes, kind = config.launch.num_processes, config.engine.kind
+    is_deepspeed = kind == "deepspeed" or (kind == "auto" and processes not in (1, "auto"))
+    problem = unsuited_optimizer(config) if is_deepspeed else None
+    if problem is not None:
+        yield problem
+    schedule = config.schedule
+    if schedule.name == "wsd" and schedule.warmup_ratio + schedule.decay_ratio > 1:
+        what = f"is {schedule.decay_ratio:g}, with warmup_ratio {schedule.warmup_ratio:g} more than all steps"
+        yield Problem("schedule.decay_ratio", what, "Let the two add up to 1 at most.")
+    for pattern in (*config.model.freeze, *config.optim.group_lr):
+        if not pattern.strip("*"):
+            key = "model.freeze" if pattern in config.model.freeze else "optim.group_lr"
+            yield Problem(key, f"{pattern!r} names everything", "Name a part, like embed_tokens or layers.0.")
 
 
 def _check_run(config: Config) -> Iterator[Problem]:

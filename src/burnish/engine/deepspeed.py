@@ -23,9 +23,11 @@ import torch
 from deepspeed.utils import logger as deepspeed_logger
 from jaxtyping import Float
 
+from burnish.config.check import unsuited_optimizer
 from burnish.config.schema import Config
 from burnish.engine.base import Engine, StepResult
 from burnish.engine.ds_config import deepspeed_config, runs_in_fp32
+from burnish.engine.ds_shards import shards_of_zero
 from burnish.engine.ds_workarounds import (
     announce_ranks,
     convert_to_universal,
@@ -35,9 +37,10 @@ from burnish.engine.ds_workarounds import (
     skip_shm_compile,
 )
 from burnish.engine.gradients import finite_on_all_ranks, global_grad_norm
+from burnish.engine.muon import MuonAdamW
 from burnish.engine.optimizer import build_optimizer, set_learning_rate
 from burnish.engine.state_files import exported_weights, refuse_empty
-from burnish.errors import CheckpointError, MachineError, Problem
+from burnish.errors import CheckpointError, ConfigError, MachineError, Problem
 from burnish.model.forward import SupervisedModel, to_device
 from burnish.records import MicroBatch
 from burnish.runtime import Ranks, barrier, gather_objects, log
@@ -90,6 +93,7 @@ class DeepSpeedEngine(Engine):
 
     Raises:
         MachineError: fp16 on a CPU, which DeepSpeed does not run.
+        ConfigError: The optimizer cannot work on what ZeRO gives it.
     """
 
     def __init__(self, model: SupervisedModel, config: Config, *, ranks: Ranks, device: torch.device) -> None:
@@ -106,13 +110,19 @@ class DeepSpeedEngine(Engine):
             for parameter in model.external_parameters():
                 deepspeed.zero.register_external_parameter(model, parameter)
         model.train()
+        problem = unsuited_optimizer(config)
+        if problem is not None:
+            raise ConfigError(problem)
         self._optimizer = build_optimizer(model, config.optim)
+        groups = [list(group["params"]) for group in self._optimizer.param_groups]
         self._engine: Any = deepspeed.initialize(
             model=model,
             optimizer=self._optimizer,
             config=deepspeed_config(config, on_gpu=device.type == "cuda"),
             dist_init_required=False,
         )[0]
+        if isinstance(self._optimizer, MuonAdamW) and self._stage > 0:
+            self._optimizer.locate(shards_of_zero(self._engine.optimizer, groups, self._stage, ranks))
         # An fp32 model at stage 0 is the one case where DeepSpeed applies whatever it is given,
         # NaN included, and measures nothing: there we reduce and look before we let it step.
         self._looks_itself = self._stage == 0 and runs_in_fp32(config)

@@ -25,14 +25,15 @@ def orthogonalized(matrix: Float[torch.Tensor, "*batch rows columns"]) -> torch.
     `torch.optim.Muon` computes, which takes no stack of matrices (experts) and no shards.
     """
     a, b, c = COEFFICIENTS
-    x = matrix.bfloat16()
+    x = matrix.bfloat16().reshape(-1, *matrix.shape[-2:])
     tall = x.shape[-2] > x.shape[-1]
     x = x.mT if tall else x  # the smaller Gram matrix
     x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=SMALLEST_NORM)
     for _ in range(NUM_ITERATIONS):
         gram = x @ x.mT
-        x = a * x + (b * gram + c * gram @ gram) @ x
-    return x.mT if tall else x
+        polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+        x = torch.baddbmm(x, polynomial, x, beta=a)
+    return (x.mT if tall else x).reshape(matrix.shape)
 
 
 @dataclass(frozen=True)
@@ -102,12 +103,12 @@ class MuonAdamW(torch.optim.Optimizer):
         self._shards = shards
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # pyright: ignore[reportIncompatibleMethodOverride]
         """One step, in the order of the groups."""
         for group in self._groups(orthogonal=True):
             for parameter in group["params"]:
                 if parameter.grad is not None:
-                    self._muon(parameter, group)
+                    self._muon(parameter, parameter.grad, group)
         if self._adamw is not None:
             # Engines exchange groups and state for their own; AdamW works on whatever is there now.
             self._adamw.param_groups = self._groups(orthogonal=False)
@@ -118,12 +119,12 @@ class MuonAdamW(torch.optim.Optimizer):
     def _groups(self, orthogonal: bool) -> list[dict[str, Any]]:
         return [group for group in self.param_groups if group["orthogonal"] == orthogonal]
 
-    def _muon(self, parameter: torch.Tensor, group: Mapping[str, Any]) -> None:
+    def _muon(self, parameter: torch.Tensor, gradient: torch.Tensor, group: Mapping[str, Any]) -> None:
         state = self.state[parameter]
         if "momentum_buffer" not in state:
-            state["momentum_buffer"] = torch.zeros_like(parameter.grad)
-        momentum = state["momentum_buffer"].lerp_(parameter.grad, 1 - MOMENTUM)
-        direction = parameter.grad.lerp(momentum, MOMENTUM).view(-1)  # Nesterov's
+            state["momentum_buffer"] = torch.zeros_like(parameter)
+        momentum = state["momentum_buffer"].lerp_(gradient, 1 - MOMENTUM)
+        direction = gradient.lerp(momentum, MOMENTUM).reshape(-1)  # Nesterov's
         flat = parameter.view(-1)
         flat.mul_(1 - group["lr"] * group["weight_decay"])
         whole = Shard(tuple(parameter.shape), 0, 0, parameter.numel(), shared=False)

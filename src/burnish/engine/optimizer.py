@@ -69,11 +69,10 @@ def _rate_factors(names: Sequence[str], optim: OptimConfig) -> list[float]:
 
 
 def _embeddings_and_heads(model: nn.Module) -> set[int]:
-    layers = [module for module in model.modules() if isinstance(module, nn.Embedding)]
-    for module in model.modules():
-        if isinstance(module, PreTrainedModel):
-            layers.append(module.get_output_embeddings())
-    return {id(p) for layer in layers if layer is not None for p in layer.parameters()}
+    models = [module for module in model.modules() if isinstance(module, PreTrainedModel)]
+    heads = [inner.get_output_embeddings() for inner in models]
+    embeddings = [module for module in model.modules() if isinstance(module, nn.Embedding)]
+    return {id(p) for layer in (*heads, *embeddings) if layer is not None for p in layer.parameters()}
 
 
 def _num_dimensions(parameter: nn.Parameter) -> int:
@@ -113,7 +112,7 @@ def _adamw_8bit(groups: list[dict[str, Any]], optim: OptimConfig) -> torch.optim
         raise MachineError(
             Problem("optim.name", "adamw_8bit needs bitsandbytes, which is not installed", cure)
         )
-    from bitsandbytes.optim import AdamW8bit
+    from bitsandbytes.optim.adamw import AdamW8bit
 
     return AdamW8bit(groups, lr=optim.lr, betas=optim.betas, eps=optim.eps, weight_decay=optim.weight_decay)
 
