@@ -39,7 +39,11 @@ def show(out: Path) -> DemoResult:
     Raises:
         ConfigError: `out` holds something else.
     """
+    import torch
+
     started = time.monotonic()
+    # Tensors this small gain nothing from more threads, and lose much where cores are shared.
+    torch.set_num_threads(1)
     _make_room(out)
     _say("1. A base model: a tokenizer and a small Llama, trained here on plain text made on the spot.")
     train_questions, held_out = _write_data(out)
