@@ -29,7 +29,14 @@ from burnish.model.objective import Objective
 from burnish.plan import ModelShape, make_plan, resolve_auto
 from burnish.records import TrainState
 from burnish.report.run_files import write_run_files
-from burnish.runtime import device_memory_bytes, log, pick_device, ranks_from_environment, start_process_group
+from burnish.runtime import (
+    device_memory_bytes,
+    log,
+    pick_device,
+    quieten_libraries,
+    ranks_from_environment,
+    start_process_group,
+)
 from burnish.train.loop import Feed, TrainJob
 from burnish.train.loop import train as run_loop
 
@@ -51,6 +58,7 @@ def train(config: Config) -> RunResult:
     """
     ranks = ranks_from_environment()
     device = pick_device(ranks)
+    quieten_libraries(device)
     run_dir = Path(config.output_dir)
 
     # Data first: it needs no other rank, so nobody waits inside a collective while it is prepared.

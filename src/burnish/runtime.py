@@ -180,6 +180,21 @@ def setup_logging(ranks: Ranks, verbose: bool = False) -> None:
     log.setLevel((logging.DEBUG if verbose else logging.INFO) if ranks.is_main else logging.WARNING)
 
 
+def quieten_libraries(device: torch.device) -> None:
+    """Keep other packages' chatter out of the output: what they say on loading is not the user's to mend.
+
+    Called by whoever begins a run, before the packages are imported.
+    """
+    # "pip install kernels": of no use where nothing is quantised, and slow rather than wrong where it is.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+    if device.type == "cpu":
+        # accelerate imports deepspeed when a model is saved, which then warns that it found no GPU.
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+
+
 def gather_objects(value: Any, ranks: Ranks) -> list[Any]:
     """Every rank's value, in rank order, on every rank. For small, rare things only."""
     if ranks.world_size == 1:
