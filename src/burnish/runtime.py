@@ -172,6 +172,8 @@ def _to_bytes(text: str) -> bytes:
 
 def setup_logging(ranks: Ranks, verbose: bool = False) -> None:
     """Plain lines on stderr: everything from rank 0, warnings from the others."""
+    # "pip install kernels": of no use where nothing is quantised, and slow rather than wrong where it is.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     handler = logging.StreamHandler(sys.stderr)
     prefix = "" if ranks.world_size == 1 or ranks.is_main else f"[rank {ranks.rank}] "
     handler.setFormatter(logging.Formatter(f"{prefix}%(message)s"))
@@ -185,8 +187,6 @@ def quieten_libraries(device: torch.device) -> None:
 
     Called by whoever begins a run, before the packages are imported.
     """
-    # "pip install kernels": of no use where nothing is quantised, and slow rather than wrong where it is.
-    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     if device.type == "cpu":
         # accelerate imports deepspeed when a model is saved, which then warns that it found no GPU.
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
