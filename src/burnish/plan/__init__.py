@@ -10,7 +10,8 @@ from burnish.plan.counts import (
 )
 from burnish.plan.describe import bytes_text, seconds_text
 from burnish.plan.effort import DEVICES, Device, find_device, train_flops
-from burnish.plan.memory import Memory, MemoryParts, estimate_memory, trainable_params
+from burnish.plan.memory import Memory, MemoryParts, estimate_memory
+from burnish.plan.optimizer_state import trainable_params
 from burnish.plan.schedule import learning_rate, num_warmup_steps
 from burnish.plan.shapes import ModelShape
 

@@ -9,7 +9,8 @@ from typing import Any
 from burnish.config.schema import Config
 from burnish.plan.counts import DEFAULT_MICRO_TOKENS, WindowCounts
 from burnish.plan.effort import Device, checkpoint_bytes, disk_bytes, train_flops, train_seconds
-from burnish.plan.memory import Memory, estimate_memory, trainable_params
+from burnish.plan.memory import Memory, estimate_memory
+from burnish.plan.optimizer_state import trainable_params
 from burnish.plan.schedule import num_warmup_steps
 from burnish.plan.shapes import ModelShape
 

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 from burnish.config.schema import Config
 from burnish.plan.counts import WindowCounts
-from burnish.plan.memory import trainable_params, uses_deepspeed
+from burnish.plan.memory import uses_deepspeed
+from burnish.plan.optimizer_state import optimizer_bytes, trainable_params
 from burnish.plan.shapes import ModelShape
 
 
@@ -74,12 +75,13 @@ def checkpoint_bytes(config: Config, shape: ModelShape, world_size: int) -> int:
     """One checkpoint: weights, masters and both moments of what is trained."""
     sharded = uses_deepspeed(config, world_size) and config.engine.zero_stage > 0
     masters = sharded and config.model.dtype != "fp32"
-    return trainable_params(config, shape) * (14 if masters else 12)
+    return trainable_params(config, shape) * (6 if masters else 4) + optimizer_bytes(config, shape)
 
 
 def disk_bytes(config: Config, shape: ModelShape, world_size: int, num_saves: int) -> int:
     """Most that the run's folder takes: kept checkpoints, the one being written, final and best."""
     kept = min(num_saves, config.checkpoint.keep + 1)
-    exported = trainable_params(config, shape) * (4 if config.model.dtype == "fp32" else 2)
+    num_exported = shape.num_params if config.adapter is None else trainable_params(config, shape)
+    exported = num_exported * (4 if config.model.dtype == "fp32" else 2)
     evaluates = config.data.eval is not None or config.data.eval_fraction > 0
     return kept * checkpoint_bytes(config, shape, world_size) + exported * (2 if evaluates else 1)

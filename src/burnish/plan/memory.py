@@ -9,14 +9,13 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 
 from burnish.config.schema import Config
+from burnish.plan.optimizer_state import optimizer_bytes, trainable_params
 from burnish.plan.shapes import ModelShape
 
 _HEAD_CHUNK_ROWS = 1024
 """Supervised positions whose logits exist at the same time."""
 _NF4_BYTES = 0.5 + 4 / 64
 """A weight in 4 bits, and a float of scale for each block of 64."""
-_ADAM_BYTES = 8
-"""Running mean and running square, fp32."""
 _BUCKET_ELEMENTS = 500_000_000
 """Of DeepSpeed's reduce and gather buckets, at most."""
 
@@ -63,7 +62,11 @@ class _Setup:
     compute_bytes: int
     """Of an element in the forward."""
     trainable: int
+    optimizer_bytes: int
+    """The optimizer's state of all of them."""
     frozen: int
+    frozen_bytes: int
+    """Of a frozen element that is not quantised."""
     quantized: int
     """Frozen weights kept in 4 bits."""
 
@@ -71,11 +74,6 @@ class _Setup:
 def uses_deepspeed(config: Config, world_size: int) -> bool:
     """Whether `engine.kind` means DeepSpeed for this many ranks."""
     return config.engine.kind == "deepspeed" or (config.engine.kind == "auto" and world_size > 1)
-
-
-def trainable_params(config: Config, shape: ModelShape) -> int:
-    """Parameters with a gradient: all, or the adapter's."""
-    return shape.num_params if config.adapter is None else shape.lora_params(config.adapter)
 
 
 def estimate_memory(
@@ -115,18 +113,23 @@ def estimate_memory(
 def _read(config: Config, shape: ModelShape, world_size: int) -> _Setup:
     deepspeed = uses_deepspeed(config, world_size)
     trainable = trainable_params(config, shape)
-    frozen = shape.num_params if config.adapter is not None else 0
+    frozen = shape.num_params - (trainable if config.adapter is None else 0)
+    stage = config.engine.zero_stage if deepspeed else 0
+    compute_bytes = 4 if config.model.dtype == "fp32" else 2
     quantize = config.adapter is not None and config.adapter.quantize is not None
     # bitsandbytes quantises linear layers, not experts' fused parameters.
     matrices = [m for layer in shape.layers for m in layer if m.copies == 1 and m.name != "router"]
     linear = sum(m.d_in * m.d_out for m in matrices)
     return _Setup(
         deepspeed=deepspeed,
-        stage=config.engine.zero_stage if deepspeed else 0,
+        stage=stage,
         ranks=world_size,
-        compute_bytes=4 if config.model.dtype == "fp32" else 2,
+        compute_bytes=compute_bytes,
         trainable=trainable,
+        optimizer_bytes=optimizer_bytes(config, shape),
         frozen=frozen,
+        # Parts frozen in a model that is trained whole were loaded like the rest of it.
+        frozen_bytes=4 if config.adapter is None and not stage else compute_bytes,
         quantized=linear if quantize else 0,
     )
 
@@ -135,7 +138,7 @@ def _states(setup: _Setup) -> tuple[int, int, int]:
     """Weights, gradients, optimizer, as ZeRO shards them (Rajbhandari et al., 2020, figure 1).
 
     Without ZeRO the model's weights are the fp32 masters, cast in the forward; ZeRO keeps weights and
-    gradients in the compute dtype and the masters beside Adam's moments.
+    gradients in the compute dtype and the masters beside the optimizer's moments.
     """
 
     def shard(num: int | float, from_stage: int) -> int:
@@ -143,11 +146,11 @@ def _states(setup: _Setup) -> tuple[int, int, int]:
 
     kept = setup.compute_bytes if setup.stage else 4
     masters = 4 if setup.stage and setup.compute_bytes == 2 else 0
-    frozen = (setup.frozen - setup.quantized) * setup.compute_bytes + setup.quantized * _NF4_BYTES
+    frozen = (setup.frozen - setup.quantized) * setup.frozen_bytes + setup.quantized * _NF4_BYTES
     return (
         shard(setup.trainable * kept + frozen, 3),
         shard(setup.trainable * kept, 2),
-        shard(setup.trainable * (_ADAM_BYTES + masters), 1),
+        shard(setup.optimizer_bytes + setup.trainable * masters, 1),
     )
 
 
