@@ -104,6 +104,7 @@ class DeepSpeedEngine(Engine):
         self._device = device
         self._stage = config.engine.zero_stage
         self._adapter_only = config.adapter is not None
+        self._optimizer_name = config.optim.name
         _share_whole_weights(model, ranks)
         if self._stage == 3:
             # The loss uses the head's matrix directly, so ZeRO-3 must gather it with this module.
@@ -195,13 +196,19 @@ class DeepSpeedEngine(Engine):
 
         Raises:
             CheckpointError: They were written under a ZeRO stage that this one cannot take over
-                from (1 and 2 can from each other), or the conversion failed.
+                from (1 and 2 can from each other), the conversion failed, or the optimizer's state
+                cannot be converted.
         """
         num_shards = len(list((folder / TAG).glob("*_optim_states.pt")))
         self._refuse_other_stage(folder, num_shards)
         if self._stage == 0 or num_shards == self._ranks.world_size:
             self._load(folder)
             return
+        if not isinstance(self._optimizer, torch.optim.AdamW):
+            # Universal checkpoints know Adam's two moments and nothing else.
+            what = f"{self._optimizer_name}'s state was saved by {num_shards} ranks"
+            cure = f"Resume on {num_shards}: only adamw's state can be laid out for another number."
+            raise CheckpointError(Problem("checkpoint.resume", what, cure))
         log.info("Converting %s from %d ranks to %d.", folder, num_shards, self._ranks.world_size)
         with self._universal(folder) as converted:
             self._load(converted)
