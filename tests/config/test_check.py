@@ -30,7 +30,10 @@ def folder(tmp_path, monkeypatch):
         ("--engine.offload_params cpu", "engine.offload_params", "ZeRO 3"),
         ("--engine.offload_optimizer cpu --engine.zero_stage 0", "engine.offload_optimizer", "ZeRO 1"),
         ("--engine.kind local --engine.offload_optimizer cpu", "engine.offload_optimizer", "local"),
-        ("--engine.offload_optimizer nvme", "engine.offload_optimizer", "not built"),
+        ("--engine.offload_optimizer nvme", "engine.offload_optimizer", "nvme needs ZeRO 3"),
+        ("--engine.hpz_size 2", "engine.hpz_size", "ZeRO 3"),
+        ("--engine.hpz_size 2 --engine.zero_stage 3 --engine.kind local", "engine.hpz_size", "sharded"),
+        ("--engine.kind local --engine.deepspeed.dump_state true", "engine.deepspeed", "does not run here"),
         ("--engine.sequence_parallel 2", "engine.sequence_parallel", "not built"),
         ("--batch.global_examples 8 --batch.global_tokens 9999", "batch.global_tokens", "together"),
         ("--batch.micro_tokens 8192 --batch.micro_examples 2", "batch.micro_examples", "together"),
@@ -74,6 +77,51 @@ def test_contradictions(flags, where, message):
     found = {p.where: p.what + p.cure for p in caught.value.problems}
     assert message in found[where], found
     assert all(p.cure for p in caught.value.problems)
+
+
+@pytest.mark.parametrize(
+    ("raw", "instead"),
+    [
+        ("gradient_accumulation_steps 4", "batch.global_examples"),
+        ("train_batch_size 8", "batch.global_examples"),
+        ("train_micro_batch_size_per_gpu 8", "batch.micro_tokens"),
+        ("managed_gradient_accumulation true", "Leave it out"),
+        ("optimizer.type Adam", "optim.name"),
+        ("scheduler.type WarmupLR", "schedule.name"),
+        ("gradient_clipping 0.5", "optim.max_grad_norm"),
+        ("fp16.enabled true", "model.dtype"),
+        ("bf16 {enabled: false}", "model.dtype"),
+        ("zero_optimization.stage 1", "engine.zero_stage"),
+        ("zero_optimization.offload_optimizer.device cpu", "engine.offload_optimizer"),
+        ("zero_optimization.offload_param.nvme_path /mnt", "engine.nvme_path"),
+        ("zero_optimization.zero_hpz_partition_size 8", "engine.hpz_size"),
+        ("zero_optimization 3", "keys"),
+        ("checkpoint.load_universal true", "checkpoint"),
+        ("compile.deepcompile true", "Leave it out"),
+    ],
+)
+def test_raw_deepspeed_settings_that_break_the_step(raw, instead):
+    key, _, value = raw.partition(" ")
+    with pytest.raises(ConfigError) as caught:
+        load_config(None, [*BASE, f"--engine.deepspeed.{key}", value])
+    [problem] = caught.value.problems
+    place = problem.where.removeprefix("engine.deepspeed.")
+    assert key == place or key.startswith(f"{place}.")
+    assert instead in problem.cure
+    assert "not taken: " in problem.what or "section" in problem.what
+
+
+def test_every_refused_setting_is_named_at_once():
+    with pytest.raises(ConfigError) as caught:
+        load_config(None, [*BASE, "--engine.deepspeed", "{fp16: {}, optimizer: {}, wandb: {}, amp: {}}"])
+    places = [problem.where for problem in caught.value.problems]
+    assert places == [f"engine.deepspeed.{key}" for key in ("fp16", "optimizer", "amp")]
+
+
+def test_other_raw_deepspeed_settings_are_taken():
+    raw = "{comms_logger: {enabled: true}, zero_optimization: {reduce_bucket_size: 1e6}}"
+    config = load_config(None, [*BASE, "--engine.deepspeed", raw])
+    assert config.engine.deepspeed["zero_optimization"] == {"reduce_bucket_size": 1e6}
 
 
 def test_weights_need_the_weighted_mix():

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from burnish.config.raw_deepspeed import refused_settings
 from burnish.engine.ds_config import deepspeed_config
 from rig.toy import toy_config
 
@@ -51,3 +52,29 @@ def test_offload() -> None:
     assert zero["offload_optimizer"] == {"device": "cpu", "pin_memory": True}
     assert zero["offload_param"]["nvme_path"].startswith("out/")
     assert "aio" in settings
+    elsewhere = built({"engine.offload_optimizer": "nvme", "engine.nvme_path": "/mnt/disk"})
+    assert elsewhere["zero_optimization"]["offload_optimizer"]["nvme_path"] == "/mnt/disk"
+
+
+def test_hpz() -> None:
+    zero = built({"engine.zero_stage": 3, "engine.hpz_size": 4})["zero_optimization"]
+    assert zero["zero_hpz_partition_size"] == 4
+
+
+def test_raw_settings_come_over_ours() -> None:
+    raw = {"zero_optimization": {"reduce_bucket_size": 7, "round_robin_gradients": True}, "dump_state": True}
+    plain, settings = built({}), built({"engine.deepspeed": raw})
+    assert settings.pop("dump_state") is True
+    zero = settings.pop("zero_optimization")
+    assert zero == {**plain.pop("zero_optimization"), **raw["zero_optimization"]}
+    assert settings == plain
+
+
+def test_every_setting_of_the_recipe_is_refused_as_a_raw_one() -> None:
+    """Whatever we write outside the sections that may be tuned cannot be written over."""
+    tuned = {"zero_optimization", "aio"}
+    for dtype in ("bf16", "fp16", "fp32"):
+        for stage in (0, 2):
+            ours = built({"model.dtype": dtype, "engine.zero_stage": stage}).keys() - tuned
+            refused = [p.where for p in refused_settings({key: {} for key in ours})]
+            assert sorted(refused) == sorted(f"engine.deepspeed.{key}" for key in ours)

@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
+from burnish.config.raw_deepspeed import refused_settings
 from burnish.config.schema import Config, SourceConfig
 from burnish.errors import Problem
 
@@ -148,8 +149,15 @@ def _check_engine(config: Config) -> Iterator[Problem]:
         where = getattr(engine, key)
         if where != "none" and engine.kind == "local":
             yield Problem(f"engine.{key}", f"is {where}, but engine.kind is local", cure_local)
-        if where == "nvme":
-            yield Problem(f"engine.{key}", "nvme is not built yet", f"Use engine.{key}: cpu.")
+        if where == "nvme" and engine.zero_stage != 3:
+            what = f"nvme needs ZeRO 3, but engine.zero_stage is {engine.zero_stage}"
+            yield Problem(f"engine.{key}", what, f"Set engine.zero_stage: 3, or engine.{key}: cpu.")
+    if engine.hpz_size > 1 and (engine.zero_stage != 3 or local):
+        what = f"is {engine.hpz_size}, but weights are not sharded: it needs DeepSpeed's ZeRO 3"
+        yield Problem("engine.hpz_size", what, "Set engine.zero_stage: 3, or leave engine.hpz_size out.")
+    yield from refused_settings(engine.deepspeed)
+    if engine.deepspeed and local:
+        yield Problem("engine.deepspeed", "is set, but DeepSpeed does not run here", cure_local)
     if engine.sequence_parallel > 1:
         what = f"is {engine.sequence_parallel}: splitting a sequence over ranks is not built yet"
         yield Problem("engine.sequence_parallel", what, "Leave it at 1.")

@@ -29,6 +29,7 @@ _PATH_KEYS = (
     ("model", "tokenizer"),
     ("data", "chat_template"),
     ("data", "cache_dir"),
+    ("engine", "nvme_path"),
     ("checkpoint", "resume"),
     ("output_dir",),
 )

@@ -47,6 +47,7 @@ def model_init_context(
     """Enter this around loading a pretrained model: under ZeRO-3 it partitions while it loads."""
     if not _is_zero3(config, ranks):
         return contextlib.nullcontext()
+    _require_equal_parts(config, ranks)
     _require_deepspeed(device)
     from burnish.engine.deepspeed import zero3_init_context
 
@@ -75,6 +76,7 @@ def build_engine(config: Config, ranks: Ranks, device: torch.device, model: Supe
             )
         )
     if engine_kind(config, ranks) == "deepspeed":
+        _require_equal_parts(config, ranks)
         _require_deepspeed(device)
         from burnish.engine.deepspeed import DeepSpeedEngine
 
@@ -91,6 +93,13 @@ def build_engine(config: Config, ranks: Ranks, device: torch.device, model: Supe
 
 def _is_zero3(config: Config, ranks: Ranks) -> bool:
     return engine_kind(config, ranks) == "deepspeed" and config.engine.zero_stage == 3
+
+
+def _require_equal_parts(config: Config, ranks: Ranks) -> None:
+    size = config.engine.hpz_size
+    if ranks.world_size % size:
+        what = f"is {size}, which does not divide {ranks.world_size} ranks"
+        raise ConfigError(Problem("engine.hpz_size", what, "Give the number of GPUs of one host."))
 
 
 def _require_deepspeed(device: torch.device) -> None:

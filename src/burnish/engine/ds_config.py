@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from burnish.config.schema import Config
@@ -36,7 +37,18 @@ def deepspeed_config(config: Config, *, on_gpu: bool) -> dict[str, Any]:
     }
     if config.engine.offload_optimizer == "nvme" or config.engine.offload_params == "nvme":
         settings["aio"] = {"block_size": 2**20, "queue_depth": 8, "overlap_events": True}
-    return settings
+    return _with_raw(settings, config.engine.deepspeed)
+
+
+def _with_raw(settings: Mapping[str, Any], raw: Mapping[str, Any]) -> dict[str, Any]:
+    """Raw settings over ours, section by section. Those that break the recipe: config/raw_deepspeed.py."""
+    merged = dict(settings)
+    for key, value in raw.items():
+        ours = merged.get(key)
+        if isinstance(ours, Mapping) and isinstance(value, Mapping):
+            value = _with_raw(ours, value)
+        merged[key] = value
+    return merged
 
 
 def runs_in_fp32(config: Config) -> bool:
@@ -78,6 +90,7 @@ def _zero_section(config: Config, on_gpu: bool) -> dict[str, Any]:
         section["allgather_bucket_size"] = BUCKET_ELEMENTS
     else:
         section["stage3_prefetch_bucket_size"] = BUCKET_ELEMENTS
+        section["zero_hpz_partition_size"] = config.engine.hpz_size
     if config.engine.offload_optimizer != "none":
         section["offload_optimizer"] = _offload_section(config, config.engine.offload_optimizer, on_gpu)
     if config.engine.offload_params != "none":
@@ -88,5 +101,5 @@ def _zero_section(config: Config, on_gpu: bool) -> dict[str, Any]:
 def _offload_section(config: Config, device: str, on_gpu: bool) -> dict[str, Any]:
     section: dict[str, Any] = {"device": device, "pin_memory": on_gpu}
     if device == "nvme":
-        section["nvme_path"] = f"{config.output_dir}/.offload"
+        section["nvme_path"] = config.engine.nvme_path or f"{config.output_dir}/.offload"
     return section
