@@ -167,16 +167,19 @@ def train(*config: Flags) -> None:
     Run the same command again to go on from the newest whole checkpoint.
     """
     from burnish.launch import launch, num_workers
+    from burnish.runtime import ranks_from_environment
 
     loaded = _load(config)
     count = num_workers(loaded.launch)
     if count > 1:
         sys.exit(launch(count, [sys.executable, "-m", "burnish", "train", *config]))
     _log_to_stderr()
+    from burnish.report.run_report import write_report
     from burnish.run import train as run
 
     result = run(loaded)
-    if int(os.environ.get("RANK", "0")) == 0:
+    if ranks_from_environment().is_main:
+        write_report(result.run_dir)
         _say(f"The result is in {result.final_dir}. Talk to it: burnish chat {result.final_dir}")
 
 
@@ -218,6 +221,7 @@ def evaluate(*target: Flags, data: list[str] | None = None, as_json: AsJson = Fa
         Print one line like metrics.jsonl's.
     """
     _log_to_stderr()
+    _quiet_libraries()
     from burnish.scoring import score
 
     text = score(target, data or [], as_json)
@@ -239,6 +243,7 @@ def chat(model: str, *, prompt: str | None = None, system: str | None = None, ma
     max_tokens:
         Longest answer.
     """
+    _quiet_libraries()
     from burnish.talk import talk
 
     talk(model, prompt, system, max_tokens)
@@ -257,6 +262,7 @@ def merge(adapter: Path, out: Path, *, dtype: Literal["bf16", "fp16", "fp32"] = 
     dtype:
         What the merged weights are kept in.
     """
+    _quiet_libraries()
     from burnish.export.merge import merge as do
 
     proof = do(adapter, out, dtype)
@@ -392,6 +398,13 @@ def _log_to_stderr() -> None:
     from burnish.runtime import ranks_from_environment, setup_logging
 
     setup_logging(ranks_from_environment())
+
+
+def _quiet_libraries() -> None:
+    """No bars for loading and saving shards: they break up our own lines."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
 
 
 def _say(text: str) -> None:

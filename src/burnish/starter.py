@@ -71,10 +71,11 @@ def _room_for(num_chars: int) -> int:
 
 
 def _text(data: Sequence[str], model: str, max_tokens: int, output_dir: Path) -> str:
-    def value(text: str | list[str]) -> str:
-        return write_yaml({"x": text}).partition(":")[2].strip("\n").replace("\n", "\n  ")
+    def value(text: str) -> str:
+        return write_yaml({"x": text}).removeprefix("x:").rstrip("\n")
 
-    train = value(data[0] if len(data) == 1 else list(data))
+    # JSON is YAML too, and keeps a list of odd names on one line.
+    train = value(data[0]) if len(data) == 1 else f" {json.dumps(list(data), ensure_ascii=False)}"
     return f"""\
 # Written by `burnish init`. Every key: `burnish train --help-all`; for an editor: `burnish schema`.
 model:

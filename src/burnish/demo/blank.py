@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 END, USER, ASSISTANT = "<|end|>", "<|user|>", "<|assistant|>"
 
@@ -42,6 +43,7 @@ def make_blank(folder: Path, texts: Sequence[str]) -> None:
         model_max_length=256,
     )
     tokenizer.save_pretrained(str(folder))
+    end: Any = tokenizer.eos_token_id
     LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=_HIDDEN,
@@ -54,7 +56,7 @@ def make_blank(folder: Path, texts: Sequence[str]) -> None:
         # About 1/sqrt(hidden): with the usual 0.02 so narrow a model takes ten times as long to start.
         initializer_range=0.1,
         bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=end,
+        pad_token_id=end,
         architectures=["LlamaForCausalLM"],
     ).save_pretrained(str(folder))

@@ -18,6 +18,7 @@ from burnish.metrics.lines import read_lines
 
 SEED = 0
 NUM_TEXT_ROWS = 7000
+NUM_REPLAYED = 200
 NUM_HELD_OUT = 24
 NUM_SHOWN = 5
 _MARKER = ".burnish-demo"
@@ -108,16 +109,20 @@ def _tuning_config(base: Path, data: Path, output_dir: Path) -> dict[str, Any]:
     return {
         "model": {"path": str(base), "dtype": "fp32"},
         "data": {
-            "train": str(data / "instructions.jsonl"),
+            # A little of the base's text goes along, so that it does not forget while it learns to answer.
+            "train": [
+                {"path": str(data / "instructions.jsonl")},
+                {"path": str(data / "text.jsonl"), "max_examples": NUM_REPLAYED},
+            ],
             "eval": str(data / "held_out.jsonl"),
             "max_tokens": 128,
         },
         "batch": {"global_examples": 32},
         "optim": {"lr": 6e-4},
         "schedule": {"warmup_ratio": 0.05},
-        "train": {"epochs": 8},
-        "eval": {"every_steps": 48},
-        "checkpoint": {"every_steps": 96, "resume": "never"},
+        "train": {"epochs": 16},
+        "eval": {"every_steps": 124},
+        "checkpoint": {"every_steps": 248, "resume": "never"},
         "output_dir": str(output_dir),
     }
 

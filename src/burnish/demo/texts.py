@@ -82,9 +82,11 @@ def make_facts(seed: int) -> dict[tuple[str, str], str]:
     }
 
 
-def make_text(
-    facts: Mapping[tuple[str, str], str], seed: int, num_rows: int, num_facts: int = 6
-) -> list[str]:
+Facts = Mapping[tuple[str, str], str]
+"""(person, topic) to the sentence that says it."""
+
+
+def make_text(facts: Facts, seed: int, num_rows: int, num_facts: int = 6) -> list[str]:
     """Plain text for the base model: rows of facts, drawn at random."""
     rng = random.Random(seed)
     sentences = list(facts.values())
