@@ -91,13 +91,13 @@ TABLE = [
         "prompt too long",
         line({"messages": [{**USER, "content": "word " * 900}, ANSWER]}),
         "prompt_too_long",
-        ERROR,
+        DROP,
     ),
     (
         "half a megabyte",
         line({"messages": [{**USER, "content": "x" * 500_000}, ANSWER]}),
         "prompt_too_long",
-        ERROR,
+        DROP,
     ),
     (
         "system refused",

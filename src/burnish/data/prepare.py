@@ -34,7 +34,7 @@ from burnish.data.load import FileFacts, Row, expand_source, file_facts, read_ro
 from burnish.data.mask import Encoder
 from burnish.data.parallel import map_in_order
 from burnish.data.policies import resolve_policies
-from burnish.data.problems import shorten
+from burnish.data.problems import RULES, shorten
 from burnish.data.progress import progress
 from burnish.data.report import bad_fraction_problem, build_report
 from burnish.data.stamp import date_of_run, stamps_dates
@@ -274,9 +274,9 @@ def _assemble(config: Config, parts: Sequence[PreparedPart], stamped_date: str |
     if problem:
         raise DataError(problem)
     opened = [Part.open(part.folder) for part in parts]
-    empty = [p.origin for p, mapped in zip(parts, opened, strict=True) if not len(mapped)]
+    empty = [part for part, mapped in zip(parts, opened, strict=True) if not len(mapped)]
     if empty:
-        raise DataError(*(Problem(o.source.path, "no row of it can be trained on") for o in empty))
+        raise DataError(*(_nothing_left(part) for part in empty))
     num_train = sum(part.origin.use == "train" for part in parts)
     names = [part.origin.name for part in parts]
     train = ExampleStore(opened[:num_train], names[:num_train])
@@ -294,6 +294,15 @@ def _assemble(config: Config, parts: Sequence[PreparedPart], stamped_date: str |
         "fingerprint": fingerprint,
     }
     return PreparedData(train, evaluation, report, fingerprint)
+
+
+def _nothing_left(part: PreparedPart) -> Problem:
+    """Why no row of a source is left, by rule, and what to do about the commonest one."""
+    dropped: Mapping[str, Any] = part.summary["dropped"]
+    reasons = [f"{rule}: {entry['rows']:,} rows" for rule, entry in dropped.items()]
+    what = f"no row of it can be trained on ({', '.join(reasons) or 'it has none'})"
+    commonest = max(dropped, key=lambda rule: dropped[rule]["rows"], default=None)
+    return Problem(part.origin.source.path, what, RULES[commonest].cure if commonest else "")
 
 
 def _described(part: PreparedPart) -> dict[str, Any]:

@@ -164,7 +164,8 @@ _ENCODING = (
     Rule(
         "prompt_too_long",
         "the prompt alone fills data.max_tokens: no token of an answer is left",
-        "Raise data.max_tokens, or drop the row.",
+        "Raise data.max_tokens.",
+        default="drop",
     ),
     Rule(
         "no_supervised_tokens",
