@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM, PreTrainedModel
 
 from burnish.config.schema import Config
 from burnish.data.store import ExampleStore
@@ -74,9 +74,29 @@ def toy_llama(seed: int = 1, tied: bool = False) -> LlamaForCausalLM:
     return LlamaForCausalLM(config)
 
 
+def toy_mixtral(seed: int = 1) -> MixtralForCausalLM:
+    """A mixture, whose router can be balanced."""
+    torch.manual_seed(seed)
+    config = MixtralConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        num_local_experts=4,
+        num_experts_per_tok=2,
+        initializer_range=0.2,
+    )
+    return MixtralForCausalLM(config)
+
+
 def toy_model(config: Config, dtype: torch.dtype, tied: bool = False) -> SupervisedModel:
     """The supervised model as run.py makes it, without the folder."""
-    capability_model = toy_llama(tied=tied)
+    capability_model: PreTrainedModel = toy_llama(tied=tied)
+    if config.train.router_aux_loss:
+        capability_model = toy_mixtral()
     capability = can_isolate(capability_model)
     torch.manual_seed(config.train.seed)
     adapted = adapt(capability_model.to(dtype), config.adapter, "none", freeze=config.model.freeze)
