@@ -46,8 +46,9 @@ def _with_raw(settings: Mapping[str, Any], raw: Mapping[str, Any]) -> dict[str, 
     for key, value in raw.items():
         ours = merged.get(key)
         if isinstance(ours, Mapping) and isinstance(value, Mapping):
-            value = _with_raw(ours, value)
-        merged[key] = value
+            merged[key] = _with_raw(ours, value)
+        else:
+            merged[key] = value
     return merged
 
 

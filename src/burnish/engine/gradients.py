@@ -60,9 +60,7 @@ def global_grad_norm(parameters: Sequence[nn.Parameter]) -> Float[torch.Tensor, 
     torch adds up a norm in the tensor's own dtype; on a CPU that loses 1e-4 of the norm of an embedding
     of two million weights, and another way of cutting the tensor (ZeRO's) loses another part.
     """
-    norms = [
-        torch.linalg.vector_norm(p.grad, dtype=torch.float64) for p in parameters if p.grad is not None
-    ]
+    norms = [torch.linalg.vector_norm(p.grad, dtype=torch.float64) for p in parameters if p.grad is not None]
     if not norms:
         return torch.zeros(())
     return torch.linalg.vector_norm(torch.stack(norms)).float()
