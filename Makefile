@@ -39,13 +39,20 @@ format: $(READY) ## Bring the code into its format
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+bench: $(READY) ## Measure speed, memory and packing of the data path, quickly (bench/README.md)
+	$(BIN)/python bench/data.py --quick
+
+docs: $(READY) ## Build the documentation into site/
+	$(BIN)/python docs/generate.py
+	$(BIN)/mkdocs build --quiet
+
 lock: ## Write requirements.lock anew from pyproject.toml
 	rm -rf build/lock && $(PYTHON) -m venv build/lock
 	build/lock/bin/python -m pip install --quiet --upgrade pip
 	build/lock/bin/python -m pip install --quiet torch==2.13.0
-	build/lock/bin/python -m pip install --quiet --group dev '.[deepspeed,qlora]'
+	build/lock/bin/python -m pip install --quiet --group dev --group docs '.[deepspeed,qlora]'
 	{ sed -n '/^#/p' requirements.lock; build/lock/bin/python -m pip freeze --exclude burnish | sed 's/+cpu$$//'; } > build/requirements.lock
 	mv build/requirements.lock requirements.lock
 
 clean: ## Remove what these targets made
-	rm -rf $(VENV) build runs .pytest_cache .ruff_cache
+	rm -rf $(VENV) build runs site .pytest_cache .ruff_cache

@@ -13,7 +13,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text("utf-8")
-BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
 COMMANDS = [
     shlex.split(line, comments=True)
     for language, block in BLOCKS
@@ -99,10 +99,10 @@ def _run(folder: Path, *commands: list[str]) -> str:
 
 
 def test_from_data_to_an_answer(place):
-    """init, check, view, plan, train and chat, as they stand."""
+    """init, check, view, plan, launch, train and chat, as they stand."""
     train = next(argv for argv in _commands("train") if argv == ["train", "sft.yaml"])
     chat = _commands("chat")[0]
-    steps = [*_commands("init"), *_commands("check"), *_commands("view"), *_commands("plan")]
+    steps = [argv for verb in ("init", "check", "view", "plan", "launch") for argv in _commands(verb)]
     out = _run(place, *steps, [*train, *TINY], [*chat, "--prompt", "Say 7", "--max-tokens", "4"])
     assert "data/train.jsonl: messages" in out and "memory" in out
     final = place / chat[1]
@@ -139,13 +139,14 @@ def test_a_run_without_a_file(place):
 def test_every_command_is_known():
     """Every line of a bash block is one that a test runs, or one for the shell alone."""
     verbs = {words[1] for words in COMMANDS if words[:1] == ["burnish"]}
-    assert verbs == {"init", "check", "view", "plan", "train", "chat"}
+    assert verbs == {"init", "check", "view", "plan", "launch", "train", "chat"}
     others = {tuple(words[:2]) for words in COMMANDS if words and words[0] != "burnish"}
     assert others <= {
         ("make", "demo"),
         ("make", "test"),
         ("pip", "install"),
         ("torchrun", "--nproc-per-node"),
+        ("srun", "--nodes"),
     }
 
 
