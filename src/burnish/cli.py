@@ -384,9 +384,10 @@ def _list_checkpoints(run: Path, verify: bool) -> int:
     if not run.is_dir():
         raise ConfigError(Problem(str(run), "there is no such folder", "Give a run's output_dir."))
     found = list_checkpoints(run, verify)
+    best_step = next((info.best_eval_step for info in found if not info.problems), None)
     for info in found:
         state = "; ".join(info.problems) or ("whole" if info.verified else "not read")
-        best = "  best" if info.best_eval_step == info.step else ""
+        best = "  best" if info.step == best_step else ""
         ranks = "?" if info.world_size is None else str(info.world_size)
         _say(f"step {info.step:>8}  {info.num_bytes / 2**20:>10.1f} MiB  {ranks} ranks  {state}{best}")
     if not found:

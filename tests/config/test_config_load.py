@@ -199,6 +199,12 @@ def test_what_is_written_is_read_back():
     assert load_config(Path("again.yaml"), []) == config
 
 
+@pytest.mark.parametrize("text", ["\x85", "a\u2028b", "\ufeffa", " a", "a\n", "", "\t", "'", '"', "\x00"])
+def test_odd_characters_survive(text):
+    assert read_yaml(write_yaml({"key": text}), "x").value == {"key": text}
+
+
+@settings(deadline=None)
 @given(
     st.recursive(st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(), st.lists)
 )

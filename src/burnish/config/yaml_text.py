@@ -49,6 +49,15 @@ for _tag, _pattern, _first in _CORE_SCALARS:
         _Dumper.yaml_implicit_resolvers.setdefault("" if _char == "\0" else _char, []).append(_entry)
 
 
+def _text(dumper: _Dumper, text: str) -> yaml.ScalarNode:
+    # PyYAML takes these line ends for printable and then folds them away, except in double quotes.
+    style = '"' if re.search("[\x85\u2028\u2029\ufeff]", text) else None
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
+
+
+_Dumper.add_representer(str, _text)
+
+
 def _int(loader: _Loader, node: yaml.ScalarNode) -> int:
     return int(str(loader.construct_scalar(node)).replace("_", ""))  # decimal, also with leading zeros
 
