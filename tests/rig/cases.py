@@ -10,19 +10,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 
+from burnish.data.collate import collate
 from burnish.engine.base import Engine, StepResult
 from burnish.engine.build import model_init_context, parameter_dtype
+from burnish.engine.gradients import sum_gradients
 from burnish.errors import BurnishError
 from burnish.model.adapt import adapt
 from burnish.model.attention import can_isolate
 from burnish.model.forward import SupervisedModel
 from burnish.model.load import load_model
 from burnish.records import MicroBatch, StepStats
-from burnish.runtime import Ranks, barrier
+from burnish.runtime import Ranks, barrier, sum_over_ranks
 from burnish.train.loop import TrainJob, train
 from rig.runs import Memory, make_job, run_case, summary, weights_hash
-from rig.toy import VOCABULARY, toy_config, toy_llama
+from rig.toy import VOCABULARY, toy_config, toy_llama, toy_model
 
 
 class PoisonedEngine(Engine):
@@ -96,6 +99,42 @@ def plain(case: Mapping[str, Any], ranks: Ranks, output_dir: Path) -> dict[str, 
     )
 
 
+def measured(case: Mapping[str, Any], ranks: Ranks, output_dir: Path) -> dict[str, Any]:
+    """Train as the settings say; rank 0 leaves the weights from before and after in the folder."""
+    config = toy_config(output_dir, case["settings"])
+    job = make_job(config, ranks, evaluate=case.get("evaluate", False))
+    _write_weights(job.engine, output_dir / "start.safetensors")
+    train(job)
+    _write_weights(job.engine, output_dir / "weights.safetensors")
+    return summary(job)
+
+
+def _write_weights(engine: Engine, path: Path) -> None:
+    weights = engine.export_state()
+    if weights is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file({name: tensor.float().clone() for name, tensor in weights.items()}, path)
+
+
+def gradients(case: Mapping[str, Any], ranks: Ranks, output_dir: Path) -> dict[str, Any]:
+    """The gradients of the first window's loss under the local engine, in the folder."""
+    config = toy_config(output_dir, case["settings"])
+    model = toy_model(config, torch.float32)
+    job = make_job(config, ranks, model=model)
+    window, feed = job.windows.window(1), job.feed
+    loss = torch.zeros(())
+    for ids in window.cuts[ranks.rank]:
+        micro_batch = collate([feed.store[int(i)] for i in ids], ids, feed.packed, feed.pad_token_id)
+        loss += job.engine.forward_backward(micro_batch, window.total_weight)
+    named = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    sum_gradients(list(named.values()), ranks)
+    if ranks.is_main:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        found = {name: p.grad.clone() for name, p in named.items() if p.grad is not None}
+        save_file(found, output_dir / "gradients.safetensors")
+    return {"losses": [sum_over_ranks(loss, ranks).item()]}
+
+
 def poisoned(case: Mapping[str, Any], ranks: Ranks, output_dir: Path) -> dict[str, Any]:
     """Train with losses that are not finite at `steps`, on the last rank only."""
     is_last = ranks.rank == ranks.world_size - 1
@@ -155,6 +194,8 @@ def loaded(case: Mapping[str, Any], ranks: Ranks, output_dir: Path) -> dict[str,
 
 CASES: dict[str, Callable[[Mapping[str, Any], Ranks, Path], dict[str, Any]]] = {
     "plain": plain,
+    "measured": measured,
+    "gradients": gradients,
     "poisoned": poisoned,
     "signalled": signalled,
     "loaded": loaded,

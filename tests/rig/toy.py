@@ -99,5 +99,10 @@ def toy_model(config: Config, dtype: torch.dtype, tied: bool = False) -> Supervi
         capability_model = toy_mixtral()
     capability = can_isolate(capability_model)
     torch.manual_seed(config.train.seed)
-    adapted = adapt(capability_model.to(dtype), config.adapter, "none", freeze=config.model.freeze)
+    adapted = adapt(
+        capability_model.to(dtype),
+        config.adapter,
+        config.model.activation_checkpointing,
+        freeze=config.model.freeze,
+    )
     return SupervisedModel(adapted, capability, Objective.of(config.train))
