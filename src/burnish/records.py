@@ -101,6 +101,9 @@ class MicroBatch:
     example_ids: Int64[np.ndarray, " documents"]
     """Example numbers; -1 for the stand-in document of an empty micro-batch."""
     packed: bool
+    first_column: int = 0
+    """Where the columns here begin in the row, where ranks share it out among them: `document_lengths`
+    are those of the whole row all the same."""
 
     @property
     def num_tokens(self) -> int:
@@ -152,6 +155,8 @@ class StepStats:
 
     @property
     def tokens_per_second(self) -> float:
+        """Tokens of all ranks together, padding not counted."""
+        """All tokens of the window over the step's time."""
         return self.num_tokens / self.seconds if self.seconds > 0 else float("nan")
 
 

@@ -16,7 +16,7 @@ from burnish.checkpoint.fingerprints import fingerprints
 from burnish.config.schema import Config
 from burnish.data.count import count_windows
 from burnish.data.prepare import prepare
-from burnish.data.tokenizer import load_tokenizer
+from burnish.data.tokenizer import load_tokenizer, padding_id, serialised
 from burnish.data.windows import eval_cuts, plan_windows
 from burnish.engine.build import build_engine, model_init_context, parameter_dtype
 from burnish.export import Exporter
@@ -79,8 +79,9 @@ def train(config: Config) -> RunResult:
     recompute, freeze = config.model.activation_checkpointing, config.model.freeze
     model = adapt(model, config.adapter, recompute, seed=config.train.seed, freeze=freeze)
     capability = can_isolate(model, config.model.attention, config.data.max_tokens, config.data.packing)
-    layout = capability.packed, shape.cost_model()
-    windows = plan_windows(data.train, config.data, config.batch, config.train, ranks.world_size, *layout)
+    sharing = config.engine.sequence_parallel
+    parts, layout = max(1, ranks.world_size // sharing), (capability.packed, shape.cost_model(), sharing)
+    windows = plan_windows(data.train, config.data, config.batch, config.train, parts, *layout)
     plan = make_plan(config, count_windows(windows, data.train), shape, ranks.world_size)
     if ranks.is_main:
         write_run_files(run_dir, config, plan, data.report)
@@ -98,11 +99,11 @@ def train(config: Config) -> RunResult:
         engine=engine,
         ranks=ranks,
         windows=windows,
-        feed=Feed(data.train, capability.packed, pad_token_id=tokenizer.pad_token_id or 0),
+        feed=Feed(data.train, capability.packed, padding_id(tokenizer)),
         eval_store=data.eval,
-        eval_cuts=eval_cuts(data.eval, config.batch, ranks.world_size, *layout) if data.eval else None,
+        eval_cuts=eval_cuts(data.eval, config.batch, parts, *layout) if data.eval else None,
         recorder=recorder,
-        fingerprints=fingerprints(config, tokenizer.backend_tokenizer.to_str(), template, data.fingerprint),
+        fingerprints=fingerprints(config, serialised(tokenizer), template, data.fingerprint),
         export_best=lambda state: exporter.export(run_dir / "best", state),
     )
     try:

@@ -11,7 +11,7 @@ import logging
 import os
 import random
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
@@ -114,6 +114,19 @@ def start_process_group(
                 f"Check that all ranks were started and reach MASTER_ADDR:MASTER_PORT ({address}).",
             )
         ) from error
+
+
+def new_group(members: Sequence[int], timeout_seconds: float | None) -> Any:
+    """A process group of some of the ranks. Every rank calls this, members or not, in the same order.
+
+    Args:
+        members: The ranks in it.
+        timeout_seconds: As for `start_process_group`.
+    """
+    import torch.distributed as dist
+
+    seconds = _LONGEST_SECONDS if timeout_seconds is None else timeout_seconds + 60
+    return dist.new_group(list(members), timeout=datetime.timedelta(seconds=seconds))
 
 
 def stop_process_group() -> None:

@@ -107,7 +107,7 @@ def _config(target: Sequence[str], data: Sequence[str], scratch: str) -> Config:
         "data": base.data.model_copy(
             update={"train": sources, "eval": None, "eval_fraction": 0.0, "mix": "concat"}
         ),
-        "engine": base.engine.model_copy(update={"kind": "local"}),
+        "engine": base.engine.model_copy(update={"kind": "local", "sequence_parallel": 1}),
     }
     return base.model_copy(update=changed)
 

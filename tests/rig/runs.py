@@ -52,7 +52,9 @@ def make_job(
         model = toy_model(config, parameter_dtype(config, ranks), tied=tied)
     packed = config.data.packing != "off"
     store = toy_store()
-    windows = plan_windows(store, config.data, config.batch, config.train, ranks.world_size, packed)
+    sharing = config.engine.sequence_parallel
+    parts = ranks.world_size // sharing
+    windows = plan_windows(store, config.data, config.batch, config.train, parts, packed, sharing=sharing)
     held_out = toy_store(11, seed=5) if evaluate else None
     return TrainJob(
         config=config,
@@ -61,7 +63,9 @@ def make_job(
         windows=windows,
         feed=Feed(store, packed, pad_token_id=0),
         eval_store=held_out,
-        eval_cuts=None if held_out is None else eval_cuts(held_out, config.batch, ranks.world_size, packed),
+        eval_cuts=None
+        if held_out is None
+        else eval_cuts(held_out, config.batch, parts, packed, sharing=sharing),
         recorder=Memory(),
         fingerprints={"data": "toy", "order": f"seed {config.train.seed}"},
     )

@@ -49,6 +49,9 @@ def _check_model(config: Config) -> Iterator[Problem]:
     if model.trust_remote_code and model.revision is None and not folder.is_dir():
         cure = "Pin the commit that you have read: model.revision: COMMIT."
         yield Problem("model.trust_remote_code", "is true for a hub model without model.revision", cure)
+    if model.activation_checkpointing == "light":
+        cure = "Use none, or full where memory is short; auto follows the memory plan."
+        yield Problem("model.activation_checkpointing", "light is not built yet", cure)
     if config.adapter is not None and config.adapter.targets == ():
         cure = "Name modules, or leave it all-linear."
         yield Problem("adapter.targets", "is an empty list: nothing would be trained", cure)
@@ -158,9 +161,23 @@ def _check_engine(config: Config) -> Iterator[Problem]:
     yield from refused_settings(engine.deepspeed)
     if engine.deepspeed and local:
         yield Problem("engine.deepspeed", "is set, but DeepSpeed does not run here", cure_local)
-    if engine.sequence_parallel > 1:
-        what = f"is {engine.sequence_parallel}: splitting a sequence over ranks is not built yet"
-        yield Problem("engine.sequence_parallel", what, "Leave it at 1.")
+    yield from _check_sequence_parallel(config)
+
+
+def _check_sequence_parallel(config: Config) -> Iterator[Problem]:
+    size, processes = config.engine.sequence_parallel, config.launch.num_processes
+    if size == 1:
+        return
+    where, cure = "engine.sequence_parallel", "Leave it at 1, or change the other."
+    if processes != "auto" and processes % size:
+        what = f"is {size}, which does not divide launch.num_processes {processes}"
+        yield Problem(where, what, f"Start a multiple of {size} processes.")
+    if config.data.packing == "off" or config.model.attention not in ("auto", "varlen"):
+        yield Problem(where, "needs data.packing and our attention (model.attention: auto)", cure)
+    if config.train.neftune_alpha is not None:
+        yield Problem(where, "does not go with train.neftune_alpha yet", cure)
+    if config.train.router_aux_loss != 0:
+        yield Problem(where, "does not go with train.router_aux_loss yet", cure)
 
 
 def unsuited_optimizer(config: Config) -> Problem | None:

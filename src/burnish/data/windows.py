@@ -9,7 +9,7 @@ never what is in it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Protocol, final, runtime_checkable
 
 import numpy as np
@@ -97,6 +97,7 @@ class WindowPlan:
         world_size: int,
         packed: bool,
         cost: CostModel,
+        sharing: int,
     ) -> None:
         self._counts = counts
         self._seed = train.seed
@@ -104,6 +105,7 @@ class WindowPlan:
         self._global_tokens = batch.global_tokens
         self._global_examples = batch.global_examples or DEFAULT_GLOBAL_EXAMPLES
         self.world_size = world_size
+        self._sharing = sharing
         self.packed = packed
         self.cost = cost
         self.budget = micro_budget(data, batch)
@@ -139,8 +141,12 @@ class WindowPlan:
             total_weight=float(self._counts.total_weight[example_ids].sum()),
             num_tokens=int(lengths.sum()),
             num_supervised_tokens=int(self._counts.num_supervised[example_ids].sum()),
-            cuts=tuple(tuple(example_ids[cut] for cut in rank) for rank in cuts),
+            cuts=tuple(tuple(example_ids[cut] for cut in cuts[i]) for i in self._cut_of_ranks()),
         )
+
+    def _cut_of_ranks(self) -> Iterator[int]:
+        """Which cut each rank takes, rank by rank."""
+        return (i for i in range(self.world_size) for _ in range(self._sharing))
 
     def example_ids(self, step: int) -> Int64[np.ndarray, " examples"]:
         """The example numbers of a window, not yet cut."""
@@ -244,6 +250,7 @@ def plan_windows(
     world_size: int,
     packed: bool,
     cost: CostModel | None = None,
+    sharing: int = 1,
 ) -> WindowPlan:
     """Plan every window of a run.
 
@@ -258,6 +265,8 @@ def plan_windows(
         world_size: Data-parallel ranks.
         packed: Whether documents are packed end to end; as the model's capability check says.
         cost: What to balance over ranks; `ModelShape.cost_model` knows better than the default.
+        sharing: So many consecutive ranks take the same cut (they share its sequences): a window's cuts
+            are those of `world_size * sharing` ranks.
 
     Raises:
         DataError: There is no example, or a weighted source has none.
@@ -265,7 +274,7 @@ def plan_windows(
     """
     if len(counts.num_tokens) == 0:
         raise DataError(Problem("data.train", "there is no example to train on"))
-    return WindowPlan(counts, data, batch, train, world_size, packed, cost or CostModel())
+    return WindowPlan(counts, data, batch, train, world_size, packed, cost or CostModel(), sharing)
 
 
 def eval_cuts(
@@ -274,11 +283,12 @@ def eval_cuts(
     world_size: int,
     packed: bool,
     cost: CostModel | None = None,
+    sharing: int = 1,
 ) -> Cuts:
     """Cut all examples among ranks for evaluation, each exactly once, the tail included.
 
     Every rank has the same number of micro-batches; some may be empty (stand-ins). `cuts[rank][m]` are
-    example numbers. No examples give one empty micro-batch on every rank.
+    example numbers. No examples give one empty micro-batch on every rank. `sharing` is as for `plan_windows`.
     """
     lengths = counts.num_tokens.astype(np.int64)
     longest = int(lengths.max()) if len(lengths) else 1
@@ -287,7 +297,8 @@ def eval_cuts(
         budget = MicroBudget(batch.micro_tokens, batch.micro_examples)
     elif batch.micro_examples is not None:
         budget = MicroBudget(None, batch.micro_examples)
-    return pack_window(lengths, world_size, budget, cost or CostModel(), packed)
+    cuts = pack_window(lengths, world_size, budget, cost or CostModel(), packed)
+    return [cut for cut in cuts for _ in range(sharing)]
 
 
 def _source_shares(counts: ExampleCounts, data: DataConfig) -> list[int] | None:

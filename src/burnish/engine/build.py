@@ -14,8 +14,10 @@ from burnish.engine.base import Engine
 from burnish.engine.ds_config import runs_in_fp32
 from burnish.engine.ds_workarounds import name_accelerator
 from burnish.engine.local import LocalEngine
+from burnish.engine.sequence import SequenceParallelEngine, sequence_group
 from burnish.errors import ConfigError, MachineError, Problem
 from burnish.model.forward import SupervisedModel
+from burnish.model.sequence_attention import share_sequence
 from burnish.runtime import Ranks
 
 TORCH_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -64,17 +66,21 @@ def build_engine(config: Config, ranks: Ranks, device: torch.device, model: Supe
         model: Loaded in `parameter_dtype`, under `model_init_context`.
 
     Raises:
-        ConfigError: Something asked for is not built yet.
+        ConfigError: The model or the number of ranks does not go with what is asked for.
         MachineError: deepspeed is not installed, or the device cannot do the dtype.
     """
-    if config.engine.sequence_parallel > 1:
-        raise ConfigError(
-            Problem(
-                "engine.sequence_parallel",
-                "more than 1 is not built yet",
-                "Use 1, and shorter data.max_tokens.",
-            )
-        )
+    size = config.engine.sequence_parallel
+    if size == 1:
+        return _whole_engine(config, ranks, device, model)
+    if ranks.world_size % size:
+        what = f"is {size}, which does not divide {ranks.world_size} ranks"
+        raise ConfigError(Problem("engine.sequence_parallel", what, "Start a multiple of it."))
+    group = sequence_group(ranks, size, config.launch.hang_timeout_seconds)
+    share_sequence(model.model, model.capability, group, size)
+    return SequenceParallelEngine(_whole_engine(config, ranks, device, model), ranks, size)
+
+
+def _whole_engine(config: Config, ranks: Ranks, device: torch.device, model: SupervisedModel) -> Engine:
     if engine_kind(config, ranks) == "deepspeed":
         _require_equal_parts(config, ranks)
         _require_deepspeed(device)

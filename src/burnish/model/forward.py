@@ -81,7 +81,7 @@ def to_device(micro_batch: MicroBatch, device: torch.device) -> DeviceBatch:
         supervised=_move(supervised.astype(np.int64), device),
         targets=_move(targets[supervised], device),
         weights=_move(micro_batch.weights.reshape(-1)[supervised], device),
-        documents=_move(document_of[supervised].astype(np.int64), device),
+        documents=_move(document_of[supervised + micro_batch.first_column].astype(np.int64), device),
         lengths=_move(lengths.astype(np.int64), device),
         packed=micro_batch.packed,
     )
