@@ -150,6 +150,29 @@ def test_an_adapter_of_a_fresh_base_brings_its_base(tmp_path, tokenizer):
     assert torch.equal(AutoPeftModelForCausalLM.from_pretrained(out)(ids).logits, model(ids).logits)
 
 
+def test_pissa_comes_out_as_a_lora_of_the_published_base(tmp_path, tokenizer):
+    config = config_for(tmp_path, "--adapter.rank", "2", "--adapter.kind", "pissa", "--model.dtype", "fp32")
+    base = AutoModelForCausalLM.from_pretrained(config.model.path)
+    lora = LoraConfig(
+        r=2, lora_alpha=3, target_modules="all-linear", task_type="CAUSAL_LM", init_lora_weights="pissa"
+    )
+    model = get_peft_model(base, lora)
+    start = {n: t.clone() for n, t in model.state_dict().items() if "lora_" in n}
+    torch.manual_seed(1)
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            parameter.data += 0.1 * torch.randn_like(parameter)
+    weights = {n: t for n, t in model.state_dict().items() if "lora_" in n}
+    out = export_final(
+        config, model, weights, tokenizer, None, tmp_path / "run/final", FACTS, pissa_start=start
+    )
+    ids = torch.tensor([[2, 5, 4, 3, 6]])
+    again = AutoPeftModelForCausalLM.from_pretrained(out)
+    assert torch.allclose(again(ids).logits, model(ids).logits, atol=1e-5)
+    published = AutoModelForCausalLM.from_pretrained(config.model.path)
+    assert not torch.allclose(published(ids).logits, model(ids).logits, atol=1e-2)
+
+
 def test_the_proof_sees_damage(tmp_path):
     good = {"a": torch.ones(4), "b": torch.zeros(2)}
     save_file(good, tmp_path / "model.safetensors")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from burnish.config.schema import DataConfig, ModelConfig
 from burnish.data.sandbox import probe_template
@@ -70,6 +70,18 @@ def load_tokenizer(model: ModelConfig, data: DataConfig) -> tuple[PreTrainedToke
     if template is not None and template not in builtin_templates().values():
         probe_template(template)
     return tokenizer, template
+
+
+def padding_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """What fills padded rows; any token will do, because no attention and no loss sees it."""
+    own: Any = tokenizer.pad_token_id
+    return own if isinstance(own, int) else 0
+
+
+def serialised(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Everything that decides which tokens a text becomes, as one text."""
+    fast: Any = tokenizer
+    return fast.backend_tokenizer.to_str()
 
 
 def _find_template(tokenizer: PreTrainedTokenizerBase, name: str | None) -> str | None:

@@ -45,6 +45,10 @@ class Exporter:
         self._tokenizer = tokenizer
         self._template = template
         self._ranks = ranks
+        # Before the first step and before a checkpoint is loaded: what PiSSA took out of the base.
+        is_pissa = config.adapter is not None and config.adapter.kind == "pissa"
+        initial = engine.export_state() if is_pissa else None
+        self._initial = None if initial is None else {name: t.clone() for name, t in initial.items()}
 
     def export(self, out: Path, state: TrainState) -> None:
         """Write the folder. Every rank calls this; it fails on all of them or on none.
@@ -58,7 +62,16 @@ class Exporter:
             results = {} if state.best_eval_loss is None else {"best evaluation loss": state.best_eval_loss}
             facts = ExportFacts(state.step, state.num_examples, state.num_supervised_tokens, results)
             try:
-                export_final(self._config, self._model, weights, self._tokenizer, self._template, out, facts)
+                export_final(
+                    self._config,
+                    self._model,
+                    weights,
+                    self._tokenizer,
+                    self._template,
+                    out,
+                    facts,
+                    pissa_start=self._initial,
+                )
                 log.info("Exported %s.", out)
             except BurnishError as error:
                 failure = error

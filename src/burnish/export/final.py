@@ -16,6 +16,7 @@ from burnish.errors import MachineError, Problem
 from burnish.export.card import ExportFacts, model_card
 from burnish.export.chat import generation_config, save_tokenizer
 from burnish.export.folder import prove_weights, whole_folder
+from burnish.export.pissa import as_lora, as_lora_config
 from burnish.model.load import COMPUTE_DTYPES, load_model
 
 MAX_SHARD_SIZE = "5GB"
@@ -31,6 +32,7 @@ def export_final(
     template: str | None,
     out: Path,
     facts: ExportFacts,
+    pissa_start: Mapping[str, torch.Tensor] | None = None,
 ) -> Path:
     """Write what was trained into a folder that transformers, peft, TRL and vLLM load; on rank 0.
 
@@ -44,6 +46,7 @@ def export_final(
         template: The chat template that was trained with; saved as the tokenizer's.
         out: The folder; what stands there is replaced.
         facts: For the card.
+        pissa_start: An adapter's weights before the first step, for PiSSA (see `pissa.py`).
 
     Returns:
         `out`.
@@ -54,7 +57,11 @@ def export_final(
     with whole_folder(out) as staging:
         if isinstance(model, PeftModel):
             base_path = _base_path(config, tokenizer, template, out.parent / BASE_FOLDER)
+            state = state if pissa_start is None else as_lora(state, pissa_start)
             _save_adapter(model, state, base_path, config.model.revision, staging)
+            if pissa_start is not None:
+                file = staging / "adapter_config.json"
+                _change(file, **as_lora_config(json.loads(file.read_text(encoding="utf-8"))))
         else:
             # A fresh model's generation config is nobody's choice; a pretrained one's is kept.
             own = model.generation_config if config.model.init == "pretrained" else None

@@ -15,7 +15,7 @@ from burnish.config.patterns import names_part
 from burnish.config.schema import AdapterConfig
 from burnish.errors import ConfigError, Problem
 
-Checkpointing = Literal["none", "light", "full"]
+Checkpointing = Literal["none", "light", "full", "auto"]
 
 
 def adapt(
