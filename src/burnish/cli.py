@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from cyclopts import App, CycloptsError, Parameter
 
 from burnish import __version__
-from burnish.errors import EXIT_CONFIG, BurnishError, ConfigError, Problem, ProblemsError
+from burnish.errors import EXIT_CONFIG, EXIT_ENVIRONMENT, BurnishError, ProblemsError
 from burnish.jobs.options import JobOptions
 from burnish.rendezvous import without_launcher_flags
 
@@ -221,7 +222,6 @@ def evaluate(*target: Flags, data: list[str] | None = None, as_json: AsJson = Fa
         Print one line like metrics.jsonl's.
     """
     _log_to_stderr()
-    _quiet_libraries()
     from burnish.scoring import score
 
     text = score(target, data or [], as_json)
@@ -243,7 +243,7 @@ def chat(model: str, *, prompt: str | None = None, system: str | None = None, ma
     max_tokens:
         Longest answer.
     """
-    _quiet_libraries()
+    _log_to_stderr()
     from burnish.talk import talk
 
     talk(model, prompt, system, max_tokens)
@@ -262,7 +262,7 @@ def merge(adapter: Path, out: Path, *, dtype: Literal["bf16", "fp16", "fp32"] = 
     dtype:
         What the merged weights are kept in.
     """
-    _quiet_libraries()
+    _log_to_stderr()
     from burnish.export.merge import merge as do
 
     proof = do(adapter, out, dtype)
@@ -291,13 +291,19 @@ def report(run: Path, *, out: Path | None = None) -> None:
 @ckpt.command(name="ls")
 def ckpt_ls(run: Path) -> None:
     """List RUN's checkpoints, newest first."""
-    _list_checkpoints(run, verify=False)
+    from burnish.checkpoint.listing import checkpoint_table
+
+    _say("\n".join(checkpoint_table(run, verify=False)[0]))
 
 
 @ckpt.command(name="verify")
 def ckpt_verify(run: Path) -> None:
     """Read every byte of RUN's checkpoints; exit code 4 where one is damaged."""
-    sys.exit(_list_checkpoints(run, verify=True))
+    from burnish.checkpoint.listing import checkpoint_table
+
+    lines, is_damaged = checkpoint_table(run, verify=True)
+    _say("\n".join(lines))
+    sys.exit(EXIT_ENVIRONMENT if is_damaged else 0)
 
 
 @ckpt.command(name="prune")
@@ -311,10 +317,7 @@ def ckpt_prune(run: Path, *, keep: int = 2) -> None:
     """
     from burnish.checkpoint.retention import prune_verified
 
-    removed = prune_verified(run, keep)
-    for path in removed:
-        _say(f"removed {path}")
-    _say(f"{len(removed)} removed.")
+    _say("\n".join(f"removed {path}" for path in prune_verified(run, keep)) or "Nothing to remove.")
 
 
 @app.command
@@ -337,8 +340,7 @@ def doctor(*, folder: Path = Path(), ranks: int | None = None) -> None:
     for finding in findings:
         if me.is_main or finding.state == "bad":
             _say(str(finding) if me.is_main else f"[rank {me.rank}] {finding}")
-    if any(finding.state == "bad" for finding in findings):
-        sys.exit(4)
+    sys.exit(EXIT_ENVIRONMENT if any(finding.state == "bad" for finding in findings) else 0)
 
 
 @app.command
@@ -378,34 +380,11 @@ def _load(tokens: Sequence[str]) -> Config:
     return load_config(file, tokens[1:] if file else tokens)
 
 
-def _list_checkpoints(run: Path, verify: bool) -> int:
-    from burnish.checkpoint.retention import list_checkpoints
-
-    if not run.is_dir():
-        raise ConfigError(Problem(str(run), "there is no such folder", "Give a run's output_dir."))
-    found = list_checkpoints(run, verify)
-    best_step = next((info.best_eval_step for info in found if not info.problems), None)
-    for info in found:
-        state = "; ".join(info.problems) or ("whole" if info.verified else "not read")
-        best = "  best" if info.step == best_step else ""
-        ranks = "?" if info.world_size is None else str(info.world_size)
-        _say(f"step {info.step:>8}  {info.num_bytes / 2**20:>10.1f} MiB  {ranks} ranks  {state}{best}")
-    if not found:
-        _say(f"There are no checkpoints in {run}.")
-    return 4 if any(info.problems for info in found) else 0
-
-
 def _log_to_stderr() -> None:
     from burnish.runtime import ranks_from_environment, setup_logging
 
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     setup_logging(ranks_from_environment())
-
-
-def _quiet_libraries() -> None:
-    """No bars for loading and saving shards: they break up our own lines."""
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
 
 
 def _say(text: str) -> None:

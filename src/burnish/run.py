@@ -58,7 +58,7 @@ def train(config: Config) -> RunResult:
     """
     ranks = ranks_from_environment()
     device = pick_device(ranks)
-    quieten_libraries(device)
+    quieten_libraries()
     run_dir = Path(config.output_dir)
 
     # Data first: it needs no other rank, so nobody waits inside a collective while it is prepared.

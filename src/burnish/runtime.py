@@ -195,12 +195,14 @@ def setup_logging(ranks: Ranks, verbose: bool = False) -> None:
     log.setLevel((logging.DEBUG if verbose else logging.INFO) if ranks.is_main else logging.WARNING)
 
 
-def quieten_libraries(device: torch.device) -> None:
+def quieten_libraries() -> None:
     """Keep other packages' chatter out of the output: what they say on loading is not the user's to mend.
 
-    Called by whoever begins a run, before the packages are imported.
+    Called by whoever loads a model.
     """
-    if device.type == "cpu":
+    import torch
+
+    if not torch.cuda.is_available():
         # accelerate imports deepspeed when a model is saved, which then warns that it found no GPU.
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     from transformers.utils import logging as transformers_logging

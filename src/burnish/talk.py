@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, final
 
 from burnish.errors import ConfigError, DataError, Problem
+from burnish.runtime import quieten_libraries
 
 
 @final
@@ -26,6 +27,7 @@ class Speaker:
         import torch
         from transformers import AutoTokenizer
 
+        quieten_libraries()
         try:
             self._tokenizer: Any = AutoTokenizer.from_pretrained(path, padding_side="left")
             self._model = _load(path)

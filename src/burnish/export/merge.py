@@ -16,6 +16,7 @@ from burnish.export.chat import save_tokenizer
 from burnish.export.final import save_generation_config, save_model
 from burnish.export.folder import whole_folder
 from burnish.model.load import COMPUTE_DTYPES
+from burnish.runtime import quieten_libraries
 
 NUM_PROBE_ROWS, NUM_PROBE_TOKENS = 4, 64
 
@@ -52,6 +53,7 @@ def merge(adapter: Path, out: Path, dtype: str = "bf16") -> MergeProof:
         ConfigError: Not an adapter, or its base cannot be found.
         MachineError: It cannot be written, or is not what it should be.
     """
+    quieten_libraries()
     base_name = _base_name(adapter)
     if dtype not in COMPUTE_DTYPES:
         raise ConfigError(Problem("--dtype", f"is {dtype!r}", f"Give one of {', '.join(COMPUTE_DTYPES)}."))

@@ -1,0 +1,36 @@
+"""What `burnish ckpt` prints."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from burnish.checkpoint.retention import list_checkpoints
+from burnish.errors import ConfigError, Problem
+
+
+def checkpoint_table(run: Path, verify: bool) -> tuple[list[str], bool]:
+    """A line per checkpoint, newest first.
+
+    Args:
+        run: A run's folder.
+        verify: Read every byte.
+
+    Returns:
+        The lines, and whether any checkpoint is damaged.
+
+    Raises:
+        ConfigError: There is no such folder.
+    """
+    if not run.is_dir():
+        raise ConfigError(Problem(str(run), "there is no such folder", "Give a run's output_dir."))
+    found = list_checkpoints(run, verify)
+    best_step = next((info.best_eval_step for info in found if not info.problems), None)
+    lines = []
+    for info in found:
+        state = "; ".join(info.problems) or ("whole" if info.verified else "not read")
+        best = "  best" if info.step == best_step else ""
+        ranks = "?" if info.world_size is None else str(info.world_size)
+        lines.append(
+            f"step {info.step:>8}  {info.num_bytes / 2**20:>10.1f} MiB  {ranks} ranks  {state}{best}"
+        )
+    return lines or [f"There are no checkpoints in {run}."], any(info.problems for info in found)
