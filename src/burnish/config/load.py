@@ -29,7 +29,6 @@ _PATH_KEYS = (
     ("model", "tokenizer"),
     ("data", "chat_template"),
     ("data", "cache_dir"),
-    ("engine", "nvme_path"),
     ("checkpoint", "resume"),
     ("output_dir",),
 )

@@ -102,5 +102,5 @@ def _zero_section(config: Config, on_gpu: bool) -> dict[str, Any]:
 def _offload_section(config: Config, device: str, on_gpu: bool) -> dict[str, Any]:
     section: dict[str, Any] = {"device": device, "pin_memory": on_gpu}
     if device == "nvme":
-        section["nvme_path"] = config.engine.nvme_path or f"{config.output_dir}/.offload"
+        section["nvme_path"] = f"{config.output_dir}/.offload"
     return section
