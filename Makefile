@@ -42,6 +42,9 @@ format: $(READY) ## Bring the code into its format
 bench: $(READY) ## Measure speed, memory and packing of the data path, quickly (bench/README.md)
 	$(BIN)/python bench/data.py --quick
 
+chaos: $(READY) ## Kill a run at random instants and see that it ends as if nothing had happened
+	$(BIN)/python bench/chaos.py
+
 docs: $(READY) ## Build the documentation into site/
 	$(BIN)/python docs/generate.py
 	$(BIN)/mkdocs build --quiet
