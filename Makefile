@@ -24,7 +24,7 @@ demo: $(READY) ## Run the main job end to end on the CPU: train, evaluate, repor
 	$(BIN)/burnish demo --out runs/demo
 
 test: $(READY) ## Run the tests (under 12 minutes on 2 cores)
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow" --numprocesses 2 --dist loadfile
 
 test-full: $(READY) ## Run every test, the long ones too
 	$(BIN)/python -m pytest

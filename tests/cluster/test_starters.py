@@ -128,6 +128,7 @@ def test_torchrun_on_one_host(config_path, tmp_path, reference):
     same_losses(tmp_path, reference("local"))
 
 
+@pytest.mark.slow
 def test_srun_on_one_host(config_path, tmp_path, reference):
     argv = train_command(config_path, "--engine.kind", "local", "--output_dir", str(tmp_path))
     step = slurm_step(0, "localhost", 0)

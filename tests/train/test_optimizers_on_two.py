@@ -16,6 +16,7 @@ from burnish.runtime import Ranks
 from rig.runs import run_case
 from rig.spawn import run_cases
 
+pytestmark = pytest.mark.slow
 ALONE = Ranks(0, 0, 1)
 LORA = {"kind": "lora", "rank": 4, "alpha": 8}
 ENGINES: dict[str, dict[str, Any]] = {
