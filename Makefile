@@ -32,7 +32,7 @@ test-full: $(READY) ## Run every test, the long ones too
 lint: $(READY) ## Check style, types and who imports whom
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/pyright
+	$(BIN)/pyright --pythonpath $(BIN)/python
 	$(BIN)/lint-imports
 
 format: $(READY) ## Bring the code into its format
