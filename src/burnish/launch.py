@@ -11,7 +11,6 @@ import os
 import signal
 import socket
 import subprocess
-import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -20,7 +19,7 @@ from types import FrameType
 
 from burnish.config.schema import LaunchConfig
 from burnish.rendezvous import in_slurm_step
-from burnish.runtime import log
+from burnish.runtime import available_cores, log
 
 GRACE_SECONDS = 60.0
 """How long workers may take to save and end, once asked to or once one of them has died."""
@@ -97,8 +96,7 @@ def free_port() -> int:
 
 def threads_per_worker(num_processes: int) -> int:
     """The cores this process may use, divided among the workers."""
-    cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else (os.cpu_count() or 1)
-    return max(1, cores // num_processes)
+    return max(1, available_cores() // num_processes)
 
 
 def _wait(workers: Sequence[subprocess.Popen[bytes]], grace_seconds: float) -> int:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import itertools
 import logging
-import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -41,6 +40,7 @@ from burnish.data.stamp import date_of_run, stamps_dates
 from burnish.data.store import ExampleStore, Part, PartWriter
 from burnish.data.tally import NUM_SHOWN, Tally, error_problems
 from burnish.errors import DataError, Problem
+from burnish.runtime import available_cores
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -243,8 +243,7 @@ class _Kitchen:
     def _num_workers(self, origin: SourceFiles) -> int:
         if self._data.num_workers != "auto":
             return self._data.num_workers
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        return 1 if origin.num_bytes < WORKER_BYTES else cores
+        return 1 if origin.num_bytes < WORKER_BYTES else available_cores()
 
 
 def _batches(rows: Iterable[Row]) -> Iterator[list[Row]]:
