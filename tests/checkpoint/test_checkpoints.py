@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -12,9 +13,11 @@ import torch
 
 from burnish.checkpoint import commit
 from burnish.checkpoint.commit import save_checkpoint
+from burnish.checkpoint.fingerprints import fingerprints
 from burnish.checkpoint.manifest import FOLDER, checkpoint_path, committed_paths, verify
 from burnish.checkpoint.resume import find_checkpoint, load_checkpoint
 from burnish.checkpoint.retention import list_checkpoints, prune, prune_verified
+from burnish.config.schema import Config, ResumableChange
 from burnish.engine.base import Engine, StepResult
 from burnish.errors import CheckpointError
 from burnish.records import MicroBatch, TrainState
@@ -171,6 +174,22 @@ def test_other_run_is_refused_with_what_changed(tmp_path: Path) -> None:
     assert engine.number == 0
     state = load_checkpoint(path, engine, ALONE, now, allowed_changes=["data", "template"])
     assert (engine.number, dict(state.fingerprints)) == (1, now)
+
+
+def test_the_refusal_says_how_to_allow_what_can_be_allowed(tmp_path: Path) -> None:
+    path = save(tmp_path, 1)
+    with pytest.raises(CheckpointError, match=r"checkpoint.allow_changes: \[data\]"):
+        load_checkpoint(path, OneNumber(), ALONE, {"data": "xyz"})
+    with pytest.raises(CheckpointError) as caught:  # another optimizer's state cannot be taken over
+        load_checkpoint(path, OneNumber(), ALONE, {"data": "xyz", "optim.name": "muon"})
+    assert "allow_changes" not in str(caught.value)
+
+
+def test_every_change_that_can_be_allowed_is_a_fingerprint() -> None:
+    config = Config.model_validate(
+        {"model": {"path": "m"}, "data": {"train": "d.jsonl"}, "output_dir": "out"}
+    )
+    assert set(get_args(ResumableChange)) <= fingerprints(config, "tokens", "template", "hash").keys()
 
 
 def test_prune_keeps_newest_best_and_protected(tmp_path: Path) -> None:

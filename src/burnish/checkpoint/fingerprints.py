@@ -22,7 +22,7 @@ def fingerprints(config: Config, vocabulary: str, template: str | None, data_has
         config: The run.
         vocabulary: The tokenizer, serialised.
         template: The chat template's text, if there is one.
-        data_hash: `PreparedData.fingerprint`.
+        data_hash: `PreparedData.fingerprint`: of the prepared examples, whatever they came from.
     """
     data = config.data
     sources = [[s.path, s.weight] for s in data.train] if data.mix == "weighted" else data.mix
@@ -31,7 +31,7 @@ def fingerprints(config: Config, vocabulary: str, template: str | None, data_has
         "model.revision": config.model.revision,
         "model.freeze": sorted(config.model.freeze),
         "adapter": None if config.adapter is None else config.adapter.model_dump(),
-        "data (prepared examples)": data_hash,
+        "data": data_hash,
         "data.mix": sources,
         "tokenizer": xxhash.xxh3_128_hexdigest(vocabulary.encode()),
         "data.chat_template": None if template is None else xxhash.xxh3_128_hexdigest(template.encode()),

@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Collection, Mapping
 from importlib import metadata
 from pathlib import Path
+from typing import get_args
 
 from burnish.checkpoint.manifest import (
     ENGINE_FOLDER,
@@ -19,6 +20,7 @@ from burnish.checkpoint.manifest import (
     read_state,
     step_of,
 )
+from burnish.config.schema import ResumableChange
 from burnish.engine.base import Engine
 from burnish.errors import CheckpointError, Problem
 from burnish.records import TrainState
@@ -159,22 +161,26 @@ def check_fingerprints(
     Raises:
         CheckpointError: With one problem per name that differs: what was, and what is now.
     """
-    problems = [
-        Problem(
-            name,
-            f"was {saved.get(name, 'absent')}, is {now.get(name, 'absent')}",
-            "",
-        )
+    changes = [
+        Problem(name, f"was {saved.get(name, 'absent')}, is {now.get(name, 'absent')}")
         for name in sorted(saved.keys() | now.keys())
-        if saved.get(name) != now.get(name) and name not in allowed_changes
+        if saved.get(name) != now.get(name)
     ]
-    if problems:
-        head = Problem(
-            str(path),
-            "belongs to a run that was made from something else; what changed:",
-            "Undo the change, choose another output_dir, or start over with checkpoint.resume: never.",
-        )
-        raise CheckpointError(head, *problems)
+    problems = [change for change in changes if change.where not in allowed_changes]
+    if not problems:
+        for change in changes:
+            log.warning("Going on with a change that checkpoint.allow_changes allows: %s", change)
+        return
+    allowable = [p.where for p in problems if p.where in get_args(ResumableChange)]
+    allow = ""
+    if len(allowable) == len(problems):
+        allow = f" To go on all the same: checkpoint.allow_changes: [{', '.join(allowable)}]."
+    head = Problem(
+        str(path),
+        "belongs to a run that was made from something else; what changed:",
+        "Undo the change, choose another output_dir, or start over with checkpoint.resume: never." + allow,
+    )
+    raise CheckpointError(head, *problems)
 
 
 def _restore_random_state(state: TrainState, ranks: Ranks) -> None:

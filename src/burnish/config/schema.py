@@ -227,6 +227,20 @@ class LaunchConfig(_Section):
     """End the run (exit code 75, stacks saved) when a rank makes no progress for so long; null never."""
 
 
+# Only what leaves the layout of weights and optimizer state as it is.
+ResumableChange = Literal[
+    "model.path",
+    "model.revision",
+    "data",
+    "data.mix",
+    "data.chat_template",
+    "tokenizer",
+    "batch.global_examples",
+    "batch.global_tokens",
+    "train.seed",
+]
+
+
 class CheckpointConfig(_Section):
     """Checkpoints to go on from."""
 
@@ -236,6 +250,8 @@ class CheckpointConfig(_Section):
     """How many to keep; the newest and the best always stay."""
     resume: str = "auto"
     """auto: from the newest whole one, if any; never; must; or a checkpoint's folder."""
+    allow_changes: tuple[ResumableChange, ...] = ()
+    """What may differ from the run that a checkpoint is of; anything else that differs is refused."""
 
 
 class LogConfig(_Section):

@@ -188,7 +188,13 @@ def _is_due(step: int, every_steps: int | None) -> bool:
 def _start_state(job: TrainJob, resumed_from: Path | None) -> TrainState:
     """Step 0 with fresh random state, or everything as the checkpoint has it."""
     if resumed_from is not None:
-        state = load_checkpoint(resumed_from, job.engine, job.ranks, job.fingerprints)
+        state = load_checkpoint(
+            resumed_from,
+            job.engine,
+            job.ranks,
+            job.fingerprints,
+            allowed_changes=job.config.checkpoint.allow_changes,
+        )
         log.info("Resumed from %s at step %d of %d.", resumed_from, state.step, job.windows.num_steps)
         job.recorder.event({"kind": "resume", "step": state.step, "path": str(resumed_from)})
         return state
