@@ -29,6 +29,7 @@ from burnish.data.control import Aliased, ControlTokens
 from burnish.data.fit import Encoded, example_of, halves, num_supervised, truncated
 from burnish.data.problems import RowProblem
 from burnish.data.render import ChatRenderer, Span
+from burnish.data.tiling import TextTokenizer
 from burnish.data.weights import token_weights
 from burnish.errors import DataError, Problem
 from burnish.records import Conversation, Message
@@ -84,6 +85,7 @@ class Encoder:
                 Problem("model.tokenizer", "not a fast tokenizer, so tokens cannot be traced to characters")
             )
         self._backend = _without_post_processor(backend)
+        self._texts = TextTokenizer(self._backend)
         self._control = ControlTokens(self._backend)
         self._bos, self._eos = _special_tokens_around(tokenizer)
         self._num_embeddings = max(len(tokenizer), backend.get_vocab_size())
@@ -191,11 +193,8 @@ class Encoder:
     ) -> list[tuple[_Job, Int32[np.ndarray, " tokens"], Float32[np.ndarray, " tokens"]]]:
         fast = [job for job in jobs if job.aliased is None]
         slow = [job for job in jobs if job.aliased is not None]
-        encodings = self._backend.encode_batch([job.text for job in fast], add_special_tokens=False)
-        tokenised = [
-            (job, np.array(e.ids, np.int32), token_weights(e, job.spans))
-            for job, e in zip(fast, encodings, strict=True)
-        ]
+        weighted = self._texts.encode([job.text for job in fast], [job.spans for job in fast])
+        tokenised = [(job, ids, weights) for job, (ids, weights) in zip(fast, weighted, strict=True)]
         texts = [job.aliased.text for job in slow if job.aliased]
         for job, (ids, e) in zip(slow, self._control.encode(texts) if slow else [], strict=True):
             assert job.aliased is not None
