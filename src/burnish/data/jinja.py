@@ -300,6 +300,9 @@ class TrackedTemplate:
         tree.set_environment(tracked)
         tree.set_lineno(1)
         self._tracked = tracked.from_string(tree)
+        for template in (self._plain, self._tracked):
+            # Every rendering copies them, and Jinja's chain of mappings takes longer to copy than to use.
+            template.globals = dict(template.globals)
         self._captures = found.captures
 
     def plain(self, messages: Sequence[Mapping[str, Any]], variables: Mapping[str, Any]) -> str:
@@ -333,8 +336,10 @@ class TrackedTemplate:
             raise UnprovedRenderingError("a loop of the template takes two messages at once")
         parts = mark.split(marked)
         marks = [ord(c) - tracker.first_mark for c in parts[1::2]]
-        if not self._captures and marks != list(range(len(tracker.events))):
-            return None
+        if not self._captures:
+            return (
+                _assemble(parts[0::2], tracker.events) if marks == list(range(len(tracker.events))) else None
+            )
         rising = all(a < b for a, b in itertools.pairwise(marks))
         if not rising or any(m >= len(tracker.events) for m in marks[-1:]):
             return None
@@ -356,8 +361,10 @@ def _assemble(texts: Sequence[str], events: Sequence[tuple[str, int, int]]) -> R
             elif kind == "end":
                 generated.append((begin, position))
             else:
-                while any(entry[0] == loop for entry in speakers):
-                    speakers.pop()
+                for depth, (open_loop, _) in enumerate(speakers):
+                    if open_loop == loop:
+                        del speakers[depth:]
+                        break
                 if kind == "enter":
                     speakers.append((loop, message))
                 owner = speakers[-1][1] if speakers else NOBODY
