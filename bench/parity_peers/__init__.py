@@ -1,0 +1,1 @@
+"""The parts of bench/parity.py: what is compared, our side, the peers' sides, the page."""
