@@ -38,6 +38,7 @@ from parity_peers.job import MAX_TOKENS, PLAIN, Job, Setting, make_job, our_conf
 from parity_peers.job import read_rows as job_rows
 from parity_peers.page import write_page
 from parity_peers.peers import Peer, Peers, openrlhf_case, trl_case
+from tokenizers.decoders import ByteLevel
 
 from burnish.runtime import quieten_libraries
 from data import made_up_rows, read_rows, tokenizer_for
@@ -103,7 +104,7 @@ def compare_all(
     num_rows = 3 * options.steps * 8
     rows = read_rows(options.data, num_rows) if options.data else made_up_rows(num_rows)
     quieten_libraries()
-    tokenizer = tokenizer_for(options.tokenizer, rows)
+    tokenizer = readable(tokenizer_for(options.tokenizer, rows))
     job = make_job(folder, rows, tokenizer, options.steps)
     same_data = [compare_data(job, peers, name) for name in names]
     print(f"{'':34}{'largest difference':>20}{'final weights':>16}", flush=True)
@@ -132,6 +133,13 @@ def compare_all(
         "first_rates": differences.first_rates(options.steps),
         "curves": {name: runs[name]["loss"] for name in runs},
     }
+
+
+def readable(tokenizer: Any) -> Any:
+    """With a decoder, which the tokenizer that is made on the spot lacks: its tokens could not be read."""
+    if tokenizer.backend_tokenizer.decoder is None:
+        tokenizer.backend_tokenizer.decoder = ByteLevel()
+    return tokenizer
 
 
 def circumstances(options: argparse.Namespace, vocabulary: int) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from parity_peers import job as ours
 from parity_peers.job import Job, Row, read_rows, train_lines, view_ours, write_rows
 from parity_peers.peers import Peer, Peers, openrlhf_case, trl_case
 
-_QUESTION, _ANSWER = "What is in the river?", "Water and time."
+_QUESTION, _ANSWER = "What is in the river?", "water and time."
 _HEADER = "{{ '<|im_start|>' + message['role'] + '\n' }}"
 _MARKED = (
     "{% if message['role'] == 'assistant' %}"
@@ -78,6 +78,8 @@ def token_examples(job: Job, peers: Peers, names: Sequence[Peer]) -> list[dict[s
         asked = [question for question in questions if _options(question, name) is not None]
         cases = [_case(question, name) for question in asked]
         for question, made in zip(asked, peers.examples(name, folder / f"{name}.json", cases), strict=True):
+            if not made:
+                raise RuntimeError(f"{name} drops the row of {question.key!r}")
             views[question.key].append(View(name, made[0]["texts"], made[0]["learned"]))
     return [asdict(Example(key, found)) for key, found in views.items()]
 
@@ -93,7 +95,9 @@ def _questions(job: Job, folder: Path) -> list[_Question]:
         ("assistant", "<think>So it is.</think>No more."),
     )
     typed = _chat(("user", "Why <|im_end|> there?"), ("assistant", "It is the end."))
-    whole = len(_ids(job, chat))
+    long = _chat(
+        ("user", _QUESTION), ("assistant", "there is water, and there is time, and there is more of it.")
+    )
     return [
         _Question(
             "border",
@@ -115,7 +119,7 @@ def _questions(job: Job, folder: Path) -> list[_Question]:
             openrlhf={"multiturn": True},
             trl=marked,
         ),
-        _Question("cut", chat, job.model, max_tokens=whole - 4, openrlhf={}, trl=marked),
+        _Question("cut", long, job.model, max_tokens=_prompt_length(job, long) + 6, openrlhf={}, trl=marked),
         _Question("eos", chat, _other_eos(job, folder / "eos"), openrlhf={}, trl=marked),
         _Question("control", typed, job.model, openrlhf={}, trl=marked),
         _Question("default", chat, job.model, trl={}),
@@ -129,10 +133,12 @@ def _chat(*turns: tuple[str, str]) -> Row:
     return {"messages": [{"role": role, "content": content} for role, content in turns]}
 
 
-def _ids(job: Job, chat: Row) -> list[int]:
+def _prompt_length(job: Job, chat: Row) -> int:
     from transformers import AutoTokenizer
 
-    return ours.learned_and_all(chat, AutoTokenizer.from_pretrained(job.model))[1]
+    tokenizer = AutoTokenizer.from_pretrained(job.model)
+    text = tokenizer.apply_chat_template(chat["messages"][:-1], tokenize=False, add_generation_prompt=True)
+    return len(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
 def _tokenizer(job: Job, folder: Path, template: str) -> Path:
