@@ -6,9 +6,11 @@ Knows nothing of models or data; everything may import it.
 from __future__ import annotations
 
 import base64
+import ctypes
 import datetime
 import logging
 import os
+import platform
 import random
 import sys
 from collections.abc import Mapping, Sequence
@@ -259,6 +261,29 @@ def device_memory_bytes(device: torch.device) -> int | None:
     import torch
 
     return int(torch.cuda.get_device_properties(device).total_memory)
+
+
+def keep_freed_memory() -> bool:
+    """Have the C library keep memory that was freed, for the next step, instead of returning it.
+
+    A step on the CPU frees and takes the same tensors of tens of megabytes again and again. glibc maps each
+    of them anew (`M_MMAP_THRESHOLD`, at most 32 MiB by itself) and gives back what is free at the end of
+    the heap (`M_TRIM_THRESHOLD`), so that the kernel clears every page once a step: 15 to 20 % of the time.
+    Freed memory stays with the process instead; its peak is what it was.
+
+    Called by a process that trains on a CPU, before it allocates. Not undone.
+
+    Returns:
+        Whether it was done: only glibc knows these settings (not musl, macOS or Windows), and memory given
+        out by another allocator (jemalloc, tcmalloc, preloaded) is not touched by them.
+    """
+    if platform.libc_ver()[0] != "glibc":
+        return False
+    libc = ctypes.CDLL(None)
+    # From malloc.h; mallopt takes C ints and gives 1 for yes.
+    m_trim_threshold, m_mmap_threshold = -1, -3
+    kept_bytes, mapped_bytes = 2**31 - 1, 2**30
+    return bool(libc.mallopt(m_mmap_threshold, mapped_bytes) and libc.mallopt(m_trim_threshold, kept_bytes))
 
 
 def available_cores() -> int:

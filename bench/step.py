@@ -1,0 +1,109 @@
+"""Speed and memory of a training step against its peers, on the same weights and tokens.
+
+    python bench/step.py --quick                             # two tables in a few minutes
+    python bench/step.py --data alpaca.json --tokenizer FOLDER --write
+    python bench/step.py --case qwen/alpaca --add bench/results/DATE-step.json
+
+Parity first: loss and every gradient of step 1 against each document alone in fp32, no document sees another,
+every supervised token once. Then one process per racer, all in turn, round by round (A B C A B C); in
+each turn one step that is not timed and then timed ones. A ratio is taken within a round; the median, the
+least and the most are reported. See bench/README.md for who races and how.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import venv
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+BENCH = Path(__file__).parent
+sys.path.insert(0, str(BENCH))
+
+from step.cases import CASES, QUICK  # noqa: E402
+from step.race import ALWAYS, PEERS, Settings, run_case  # noqa: E402
+from step.table import printed, verdicts, write_page  # noqa: E402
+
+import data as data_bench  # noqa: E402
+
+QUICK_PEERS = ("trl", "trl-packed")
+PEERS_VENV = BENCH.parent / "build" / "peers"
+
+
+def examples_of(file: str | None, tokenizer_folder: str | None, num: int) -> list[Any]:
+    """Rows as token ids and weights, by the same encoder as in a run."""
+    rows = data_bench.read_rows(file, num)
+    tokenizer = data_bench.tokenizer_for(tokenizer_folder, rows)
+    batches = data_bench._masks(rows, tokenizer)()
+    return [done.example for batch in batches for done in batch if done.example is not None]
+
+
+def peer_python(own_venv: bool) -> str:
+    """The interpreter that TRL runs in: this one's, or one made here from the package index."""
+    if not own_venv:
+        return sys.executable
+    python = PEERS_VENV / "bin" / "python"
+    if not python.exists():
+        venv.create(PEERS_VENV, with_pip=True)
+        wanted = ["trl", "peft", "pydantic", "jaxtyping", "xxhash", "cyclopts"]
+        subprocess.run([python, "-m", "pip", "install", "--quiet", *wanted], check=True)
+    return str(python)
+
+
+def parse() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n", maxsplit=1)[0])
+    names = [case.name for case in CASES]
+    parser.add_argument("--quick", action="store_true", help=f"only {', '.join(QUICK)}, few peers and steps")
+    parser.add_argument("--case", action="append", choices=names, help="only this one; may be repeated")
+    parser.add_argument("--racers", help="comma-separated: only these besides Burnish")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=1, help="timed steps in a turn")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--data", help="an Alpaca file, JSON or JSON lines; default: rows made on the spot")
+    parser.add_argument("--tokenizer", help="folder of a fast tokenizer; default: one made from the rows")
+    parser.add_argument("--peers-venv", action="store_true", help="run TRL in a venv of its own")
+    parser.add_argument("--add", type=Path, help="add the cases to this JSON file (made if it is not there)")
+    parser.add_argument("--write", action="store_true", help="write bench/results and the docs")
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Parse, race, print, write."""
+    args = parse()
+    peers = QUICK_PEERS if args.quick else PEERS
+    racers = [*ALWAYS, *(args.racers.split(",") if args.racers else peers)]
+    settings = Settings(
+        num_rounds=args.rounds,
+        steps=args.steps,
+        racers=list(dict.fromkeys(racers)),
+        peer_python=peer_python(args.peers_venv),
+        device=args.device,
+    )
+    chosen = args.case or (QUICK if args.quick else [case.name for case in CASES])
+    rows = examples_of(args.data, args.tokenizer, 1000)
+    path = args.add or (BENCH / "results" / f"{date.today().isoformat()}-step.json" if args.write else None)
+    results: dict[str, Any] = {"cases": {}}
+    if path is not None and path.exists():
+        results = json.loads(path.read_text("utf-8"))
+    results |= {"machine": data_bench.machine(), "data": "an Alpaca file" if args.data else "made up"}
+    for case in CASES:
+        if case.name not in chosen:
+            continue
+        found = run_case(case, rows, settings)
+        found["targets_met"] = verdicts(found)
+        results["cases"][case.name] = found
+        print(printed(found), flush=True)
+        if path is not None:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps(results, indent=1) + "\n", "utf-8")
+    if args.write:
+        write_page(results)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,218 @@
+"""The one who calls the turns: a process for each racer, A B C A B C, and what comes of it."""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from burnish.plan.shapes import ModelShape
+from burnish.runtime import available_cores
+from step.cases import Case, read_race, write_case
+from step.trl_grid import TRL_GRID
+
+BENCH = Path(__file__).parents[1]
+ALWAYS = ("matrix", "burnish", "hf-packed")
+PEERS = ("hf-padded", "openrlhf", *TRL_GRID)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How long and with whom."""
+
+    num_rounds: int
+    steps: int
+    """Timed steps of a turn; one more comes before them."""
+    racers: Sequence[str]
+    peer_python: str
+    device: str
+
+
+class Racer:
+    """A worker process, spoken to in lines.
+
+    Args:
+        name: As `step.worker` takes it.
+        folder: The case.
+        python: Its interpreter.
+        device: cpu or cuda.
+    """
+
+    def __init__(self, name: str, folder: Path, python: str, device: str) -> None:
+        self.name = name
+        self._log = (folder / f"{name}.log").open("w+")
+        env = dict(os.environ)
+        env["PYTHONPATH"] = os.pathsep.join([str(BENCH), str(BENCH.parent / "src")])
+        env.setdefault("OMP_NUM_THREADS", str(available_cores()))
+        if device == "cpu":
+            env["CUDA_VISIBLE_DEVICES"] = ""
+        command = [python, "-m", "step.worker", name, str(folder)]
+        pipe = subprocess.PIPE
+        self._process = subprocess.Popen(
+            command, stdin=pipe, stdout=pipe, stderr=self._log, text=True, env=env, cwd=BENCH
+        )
+        self.ready: dict[str, Any] = {}
+
+    def answer(self) -> dict[str, Any]:
+        """The next line it says.
+
+        Raises:
+            RuntimeError: It ended instead; what it printed is in the message.
+        """
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        if not line:
+            self._log.seek(0)
+            raise RuntimeError(f"{self.name} ended:\n{self._log.read()[-4000:]}")
+        return json.loads(line)
+
+    def turn(self, steps: int) -> dict[str, Any]:
+        """Have it run a step that is not timed and `steps` that are."""
+        self._say(str(steps + 1))
+        said = self.answer()
+        return {**said, "seconds": said["seconds"][1:]}
+
+    def stop(self) -> None:
+        """End it."""
+        if self._process.poll() is None:
+            self._say("stop")
+        self._process.communicate()
+
+    def _say(self, line: str) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.write(line + "\n")
+        self._process.stdin.flush()
+
+
+def run_case(case: Case, rows: Sequence[Any], settings: Settings) -> dict[str, Any]:
+    """Gates, then the race."""
+    with tempfile.TemporaryDirectory(prefix="burnish-step-") as scratch:
+        folder = Path(scratch)
+        write_case(case, rows, folder)
+        gates = _gates(folder)
+        racers: dict[str, Racer] = {}
+        try:
+            racers = _start(folder, settings)
+            turns = _take_turns(racers, settings)
+            ready = {name: racer.ready for name, racer in racers.items()}
+        finally:
+            for racer in racers.values():
+                racer.stop()
+        facts = _facts(folder, case, settings)
+    return {"case": case.name, "gates": gates, **facts, **_summary(turns, ready, facts)}
+
+
+def _gates(folder: Path) -> dict[str, Any]:
+    env = dict(os.environ)
+    env["PYTHONPATH"] = os.pathsep.join([str(BENCH), str(BENCH.parent / "src")])
+    command = [sys.executable, "-m", "step.gates", str(folder)]
+    done = subprocess.run(command, capture_output=True, text=True, env=env, cwd=BENCH, check=False)
+    if done.returncode:
+        raise RuntimeError(f"the gates could not be run:\n{done.stderr[-4000:]}")
+    return json.loads(done.stdout)
+
+
+def _start(folder: Path, settings: Settings) -> dict[str, Racer]:
+    racers = {}
+    for name in settings.racers:
+        python = settings.peer_python if name.startswith("trl") else sys.executable
+        racers[name] = Racer(name, folder, python, settings.device)
+    for racer in racers.values():
+        racer.ready = racer.answer()
+    return racers
+
+
+def _take_turns(racers: dict[str, Racer], settings: Settings) -> dict[str, list[dict[str, Any]]]:
+    """Rounds; after the first one only the faster of TRL's tuned settings goes on besides its defaults."""
+    turns: dict[str, list[dict[str, Any]]] = {name: [] for name in racers}
+    racing = list(racers)
+    for number in range(settings.num_rounds):
+        for name in racing:
+            # The rate of matrix products is the mean of several short turns' worth.
+            turns[name].append(racers[name].turn(4 if name == "matrix" else settings.steps))
+        if number == 0:
+            tuned = [name for name in racing if TRL_GRID.get(name)]
+            best = min(tuned, key=lambda name: statistics.median(turns[name][0]["seconds"]), default=None)
+            for name in tuned:
+                if name != best:
+                    racers[name].stop()
+                    racing.remove(name)
+    return turns
+
+
+def _facts(folder: Path, case: Case, settings: Settings) -> dict[str, Any]:
+    """Tokens and useful FLOPs of the mean step."""
+    race = read_race(folder)
+    store, num_steps = race.store, race.windows.num_steps
+    lengths = store.num_tokens.astype(float)
+    tokens, targets = lengths.sum() / num_steps, store.num_supervised.sum() / num_steps
+    squares = (lengths**2).sum() / num_steps
+    return {
+        "tokens_per_step": tokens,
+        "supervised_tokens_per_step": targets,
+        "supervised_share": targets / tokens,
+        "mean_document_tokens": lengths.mean(),
+        "flops_per_step": step_flops(race.shape, case.lora, tokens, targets, squares, race.config),
+        "parameters": race.shape.num_params,
+        "rounds": settings.num_rounds,
+        "timed_steps_per_turn": settings.steps,
+    }
+
+
+def step_flops(
+    shape: ModelShape, lora: bool, tokens: float, targets: float, squares: float, config: Any
+) -> float:
+    """Useful FLOPs: no recomputation, no padding, the head on supervised rows, causal pairs in documents.
+
+    A matrix costs its product once forward and once backward for its input, and once more where it is
+    trained.
+    """
+    passes = 2 if lora else 3
+    matrices = 2.0 * shape.active_layer_weights * tokens * passes
+    head = 2.0 * shape.embedding_params * targets * passes
+    attention = 2.0 * shape.num_layers * shape.query_size * squares * 3
+    adapter = 6.0 * shape.lora_params(config.adapter) * tokens if lora else 0.0
+    return matrices + head + attention + adapter
+
+
+def _summary(
+    turns: Mapping[str, list[dict[str, Any]]],
+    ready: Mapping[str, dict[str, Any]],
+    facts: Mapping[str, Any],
+) -> dict[str, Any]:
+    rates = []
+    for turn in turns.get("matrix", []):
+        flops = ready["matrix"]["flops"]
+        # Steps alternate between the shapes; the first one, of shape 0, was not timed.
+        rates.append(max(10 * flops[(i + 1) % len(flops)] / s for i, s in enumerate(turn["seconds"])))
+    rate = statistics.median(rates) if rates else None
+    medians = {n: [statistics.median(t["seconds"]) for t in own] for n, own in turns.items() if n != "matrix"}
+    own = medians["burnish"]
+    racers = {}
+    for name, seconds in medians.items():
+        last = turns[name][-1]
+        step_seconds = statistics.median(seconds)
+        racers[name] = {
+            "ratio": _spread([s / o for s, o in zip(seconds, own, strict=False)]),
+            "rounds": len(seconds),
+            "seconds": _spread(seconds),
+            "supervised_tokens_per_second": facts["supervised_tokens_per_step"] / step_seconds,
+            "tokens_per_second": facts["tokens_per_step"] / step_seconds,
+            "mfu": None if rate is None else facts["flops_per_step"] / step_seconds / rate,
+            "peak_over_model_bytes": last["peak_bytes"] - ready[name]["bytes"],
+            "first_loss": turns[name][0].get("first_loss"),
+            "settings": ready[name].get("settings"),
+            "phases": last.get("phases"),
+        }
+    return {"matrix_flops_per_second": _spread(rates) if rates else None, "racers": racers}
+
+
+def _spread(values: Sequence[float]) -> dict[str, float]:
+    return {"median": statistics.median(values), "min": min(values), "max": max(values)}

@@ -1,0 +1,113 @@
+"""Results as people read them: a table per case, and the block in docs/benchmarks.md."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+PAGE = Path(__file__).parents[2] / "docs" / "benchmarks.md"
+_BLOCK = re.compile(r"(<!-- made by bench/step\.py -->\n).*?(<!-- end of bench/step\.py -->\n)", re.DOTALL)
+
+NAMES = {
+    "burnish": "Burnish",
+    "hf-packed": "Hugging Face, packed, 4D mask, all logits",
+    "hf-padded": "Hugging Face, padded, all logits",
+    "openrlhf": "OpenRLHF's forward and loss (emulated), padded",
+    "trl": "TRL, defaults",
+    "trl-padded": "TRL, padded, no recomputation",
+    "trl-packed": "TRL, documents in one row, no recomputation",
+    "trl-single": "TRL, a document at a time, no recomputation",
+}
+HEADS = (
+    "", "time (ours = 1)", "s a step", "supervised tokens/s", "all tokens/s", "MFU", "memory over the model",
+)  # fmt: skip
+GATES: Mapping[str, Mapping[str, float]] = {
+    "llama/alpaca": {"trl": 6.0, "trl best": 3.5, "openrlhf": 2.8, "hf-packed": 1.7},
+    "llama/long-prompts": {"trl": 9.0, "trl best": 5.0, "openrlhf": 4.5, "hf-packed": 3.0},
+}
+"""Least time ratios, by case."""
+MEMORY_GATE = 0.65
+"""Most memory over the model, as a share of Hugging Face packed."""
+
+
+def table(found: Mapping[str, Any]) -> str:
+    """One case in Markdown."""
+    rows = [HEADS, ("---",) * len(HEADS)]
+    racers = found["racers"]
+    own = racers["burnish"]["peak_over_model_bytes"]
+    for name, numbers in sorted(racers.items(), key=lambda item: item[1]["ratio"]["median"]):
+        ratio, peak = numbers["ratio"], numbers["peak_over_model_bytes"]
+        spread = "" if numbers["rounds"] < 2 else f" ({ratio['min']:.2f} to {ratio['max']:.2f})"
+        mfu = "" if numbers["mfu"] is None else f"{numbers['mfu']:.0%}"
+        rows.append(
+            (
+                NAMES[name],
+                "1" if name == "burnish" else f"{ratio['median']:.2f}{spread}",
+                f"{numbers['seconds']['median']:.2f}",
+                f"{numbers['supervised_tokens_per_second']:,.0f}",
+                f"{numbers['tokens_per_second']:,.0f}",
+                mfu,
+                f"{peak / 2**20:,.0f} MiB" + ("" if name == "burnish" else f" ({peak / own:.2f})"),
+            )
+        )
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows) + "\n"
+
+
+def verdicts(found: Mapping[str, Any]) -> dict[str, bool]:
+    """Each target of a case, and whether it was met."""
+    racers, met = found["racers"], {"parity": bool(found["gates"]["passed"])}
+    ratios = {name: numbers["ratio"]["median"] for name, numbers in racers.items()}
+    best = [r for name, r in ratios.items() if name.startswith("trl-")]
+    if best:
+        ratios["trl best"] = min(best)
+    for name, least in GATES.get(found["case"], {}).items():
+        if name in ratios:
+            met[f"{least} over {name} (is {ratios[name]:.2f})"] = ratios[name] >= least
+    if found["case"] in GATES:
+        share = racers["burnish"]["peak_over_model_bytes"] / racers["hf-packed"]["peak_over_model_bytes"]
+        met[f"memory at most {MEMORY_GATE} of hf-packed (is {share:.2f})"] = share <= MEMORY_GATE
+    return met
+
+
+def heading(found: Mapping[str, Any]) -> str:
+    """What the case was, and whether the gates held."""
+    rate, gates = found["matrix_flops_per_second"], found["gates"]
+    parity = "; ".join(
+        f"{dtype}: loss {gates[dtype]['loss']:.1e}, worst gradient {gates[dtype]['gradient']:.1e}"
+        for dtype in ("fp32", "bf16")
+        if dtype in gates
+    )
+    return (
+        f"**{found['case']}**: {found['tokens_per_step']:,.0f} tokens a step, "
+        f"{found['supervised_share']:.2f} of them supervised, {found['mean_document_tokens']:.0f} a "
+        f"document; {found['parameters'] / 1e6:.0f} million parameters; bf16 matrix products run at "
+        f"{rate['median'] / 1e9:,.0f} GFLOP/s; {found['rounds']} rounds. "
+        f"Against each document alone in fp32: {parity}.\n"
+    )
+
+
+def block(results: Mapping[str, Any]) -> str:
+    """All cases, for the page."""
+    machine = results["machine"]
+    packages = ", ".join(f"{name} {version}" for name, version in machine["packages"].items())
+    first = (
+        f"{machine['date']}, {machine['cores']} cores ({machine['architecture']}), {packages}; "
+        f"rows: {results['data']}.\n"
+    )
+    parts = [f"{heading(found)}\n{table(found)}" for found in results["cases"].values()]
+    return "\n".join([first, *parts])
+
+
+def write_page(results: Mapping[str, Any]) -> None:
+    """Put the tables into docs/benchmarks.md."""
+    page = PAGE.read_text("utf-8")
+    filled = _BLOCK.sub(lambda found: found[1] + block(results) + found[2], page)
+    PAGE.write_text(filled, "utf-8")
+
+
+def printed(found: Mapping[str, Any]) -> str:
+    """One case on a terminal."""
+    lines: Sequence[str] = [f"{'met ' if met else 'MISS'} {what}" for what, met in verdicts(found).items()]
+    return f"{heading(found)}\n{table(found)}\n" + "\n".join(lines) + "\n"
