@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-full lint format bench chaos docs lock clean
+.PHONY: help setup demo test test-full lint format bench chaos parity docs lock clean
 
 help: ## Show what there is
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -39,11 +39,15 @@ format: $(READY) ## Bring the code into its format
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(READY) ## Measure speed, memory and packing of the data path, quickly (bench/README.md)
+bench: $(READY) ## Measure the data path and the training step against peers, quickly (bench/README.md)
 	$(BIN)/python bench/data.py --quick
+	$(BIN)/python bench/step.py --quick
 
 chaos: $(READY) ## Kill a run at random instants and see that it ends as if nothing had happened
 	$(BIN)/python bench/chaos.py
+
+parity: $(READY) ## Compare our loss curve with those of OpenRLHF and TRL (docs/parity.md)
+	$(BIN)/python bench/parity.py
 
 docs: $(READY) ## Build the documentation into site/
 	$(BIN)/python docs/generate.py
