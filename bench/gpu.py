@@ -1,0 +1,162 @@
+"""Everything that only a GPU can show, in one command.
+
+    python bench/gpu.py --out results                    # all of it, on one CUDA device
+    python bench/gpu.py --only attention head            # some of it
+    python bench/gpu.py --device cpu --quick             # does the script itself work?
+    python bench/gpu.py --wheels wheels                  # packages for a machine that has only PyTorch
+
+Each part runs in a process of its own with a time limit; a part that fails or hangs takes nothing else
+down. `gpu.json` in `--out` holds what every part found, with date, card and versions; the same stands as
+a table on the terminal. Exit code 1 where a check failed.
+
+Parts: `machine` (matrix rate) · `tests` (those marked gpu) · `attention` (varlen against each document
+alone, and its time against SDPA with a mask) · `head` (loss and gradients against full logits, time,
+memory) · `engines` (local and ZeRO 0 to 3 on NCCL, bf16, fp16 and fp32: one run, the same losses) ·
+`syncs` (places where a step makes the host wait) · `speed` (`burnish train` at 0.5B, 1.5B and 8B, full
+and LoRA: tokens/s, share of the matrix rate, peak memory against `plan`) · `race` (the step against TRL
+and the others, by `bench/step.py`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT / "src"), str(ROOT / "tests")]
+
+PARTS = ("machine", "tests", "attention", "head", "engines", "syncs", "speed", "race")
+PART_LIMIT_SECONDS = {"engines": 420, "speed": 900, "race": 900}
+DEFAULT_LIMIT_SECONDS = 240
+
+WHEELS = (
+    "annotated-types", "beartype", "cyclopts", "datasets", "deepspeed", "dill", "docstring-parser",
+    "docutils", "hjson", "jaxtyping", "multiprocess", "peft", "pyarrow", "py-cpuinfo", "pydantic",
+    "pydantic-core", "rich-rst", "trl", "typing-inspection", "wadler-lindig", "xxhash",
+)  # fmt: skip
+"""What Burnish and this script need besides PyTorch, transformers, pandas, pytest, rich
+and TensorBoard."""
+SMALLER = {"pyarrow": "pyarrow==24.0.0"}
+"""Older versions where the lock's is so large that the wheels would not fit into 64 MiB with the checkout."""
+
+
+def main() -> None:
+    """Parse, run every part, write the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("runs/gpu"))
+    parser.add_argument("--only", nargs="*", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--models", nargs="*", help="of `speed`: their names, all unless given")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--quick", action="store_true", help="small sizes: whether it works, not how fast")
+    parser.add_argument("--part", choices=PARTS, help=argparse.SUPPRESS)
+    parser.add_argument(
+        "--wheels", type=Path, help="download packages for Python 3.12 into this folder, and end"
+    )
+    options = parser.parse_args()
+    if options.wheels:
+        download_wheels(options.wheels)
+        return
+    options.out.mkdir(parents=True, exist_ok=True)
+    if options.part:
+        print(json.dumps(run_part(options)))
+        return
+    found = {"date": f"{datetime.date.today()}", "python": platform.python_version()}
+    results = {**found, "parts": {name: start_part(name, options) for name in options.only}}
+    (options.out / "gpu.json").write_text(json.dumps(results, indent=1) + "\n")
+    print_table(results["parts"])
+    sys.exit(any(not part["ok"] for part in results["parts"].values()))
+
+
+def download_wheels(folder: Path) -> None:
+    """The lock's versions as wheels for Linux on x86-64 and Python 3.12, without their dependencies."""
+    lines = [line.split(";")[0].strip() for line in (ROOT / "requirements.lock").read_text().splitlines()]
+    versions = {line.split("==")[0].lower(): line for line in lines if "==" in line}
+    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "-q"]
+    platforms = ("manylinux_2_28_x86_64", "manylinux_2_17_x86_64", "manylinux2014_x86_64")
+    target = ["--python-version", "3.12", "--implementation", "cp"]
+    target += [word for name in platforms for word in ("--platform", name)]
+    for name in WHEELS:
+        pinned = SMALLER.get(name) or versions.get(name, name)
+        if name == "deepspeed":  # published as source only; pure Python unless told to build its kernels
+            command = [*pip, "wheel", "--no-deps", "--no-build-isolation", "-w", str(folder), pinned]
+            subprocess.run(command, check=True, env={**os.environ, "DS_BUILD_OPS": "0"})
+            continue
+        download = ["download", "--no-deps", "--only-binary=:all:", *target, "-d", str(folder), pinned]
+        subprocess.run([*pip, *download], check=True)
+    size = sum(wheel.stat().st_size for wheel in folder.glob("*.whl"))
+    print(f"{len(list(folder.glob('*.whl')))} wheels, {size / 2**20:.0f} MiB in {folder}")
+
+
+def start_part(name: str, options: argparse.Namespace) -> dict[str, Any]:
+    """Run a part in its own process; its last line is its result."""
+    command = [
+        sys.executable,
+        __file__,
+        "--part",
+        name,
+        "--device",
+        options.device,
+        "--out",
+        str(options.out),
+    ]
+    command += ["--quick"] * options.quick
+    command += ["--models", *options.models] if options.models else []
+    print(f"== {name}", flush=True)
+    began = time.monotonic()
+    limit = PART_LIMIT_SECONDS.get(name, DEFAULT_LIMIT_SECONDS)
+    paths = [str(ROOT / "src"), os.environ.get("PYTHONPATH", "")]
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "HF_HUB_OFFLINE": "1"}
+    if options.device == "cpu":
+        env["CUDA_VISIBLE_DEVICES"] = ""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=limit, env=env, check=False)
+    except subprocess.TimeoutExpired:
+        return {"ok": False, "error": f"still running after {limit} s"}
+    (options.out / f"{name}.log").write_text(done.stdout + done.stderr)
+    seconds = round(time.monotonic() - began, 1)
+    if done.returncode:
+        return {"ok": False, "error": done.stderr[-2000:], "seconds": seconds}
+    return {**json.loads(done.stdout.splitlines()[-1]), "seconds": seconds}
+
+
+def run_part(options: argparse.Namespace) -> dict[str, Any]:
+    """The part itself, in this process."""
+    from on_device import kernels, runs
+
+    device, quick, out = options.device, options.quick, options.out
+    parts: dict[str, Callable[[], dict[str, Any]]] = {
+        "machine": lambda: kernels.machine(device, quick),
+        "tests": lambda: runs.marked_tests(device),
+        "attention": lambda: kernels.attention(device, quick),
+        "head": lambda: kernels.head(device, quick),
+        "engines": lambda: runs.engines(out / "engines", device),
+        "syncs": lambda: kernels.syncs(device),
+        "speed": lambda: runs.speed(out / "speed", device, quick, options.models),
+        "race": lambda: runs.race(out, device, quick),
+    }
+    return parts[options.part]()
+
+
+def print_table(parts: dict[str, dict[str, Any]]) -> None:
+    """One line per number."""
+    for name, part in parts.items():
+        print(f"\n{name}: {'ok' if part['ok'] else 'FAILED'}")
+        for key, value in part.items():
+            if key == "rows":
+                for row in value:
+                    print("   ", "  ".join(f"{k} {v}" for k, v in row.items()))
+            elif key != "ok":
+                print(f"    {key}: {value}")
+
+
+if __name__ == "__main__":
+    main()

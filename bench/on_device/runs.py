@@ -1,0 +1,189 @@
+"""Whole runs of `burnish train` on a device, started as a user starts them."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import re
+import shutil
+import statistics
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+
+from cluster.tiny_job import losses, write_tiny_job
+from on_device.kernels import matrix_rate
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+
+LOSS_BOUND = {"fp32": 1e-4, "bf16": 2e-2, "fp16": 2e-2}
+"""Relative, against one process in fp32 on the CPU."""
+
+
+def marked_tests(device: str) -> dict[str, Any]:
+    """The tests marked `gpu`."""
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-m",
+        "gpu",
+        "-q",
+        "--disable-warnings",
+        "-p",
+        "no:cacheprovider",
+        "tests",
+    ]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    last = done.stdout.strip().splitlines()[-1] if done.stdout.strip() else done.stderr[-500:]
+    ran = re.search(r"\d+ passed", last) is not None
+    return {"ok": done.returncode == 0 and (ran or device == "cpu"), "pytest": last}
+
+
+def engines(folder: Path, device: str) -> dict[str, Any]:
+    """One small run under every engine, on this device: the losses are those of fp32 on the CPU."""
+    shutil.rmtree(folder, ignore_errors=True)
+    job = write_tiny_job(folder / "job")
+    reference = _train(job, folder / "cpu", {"engine.kind": "local"}, hide_gpu=True)
+    assert reference["code"] == 0, reference["error"]
+    expected = losses(folder / "cpu")
+    dtypes = ("fp32", "bf16", "fp16") if device == "cuda" else ("fp32", "bf16")
+    kinds: list[tuple[str, int]] = [("local", 0), *(("deepspeed", stage) for stage in (0, 1, 2, 3))]
+    rows, ok = [], True
+    for kind, stage in kinds:
+        for dtype in dtypes:
+            name = f"{kind}{stage if kind == 'deepspeed' else ''}-{dtype}"
+            flags = {"engine.kind": kind, "engine.zero_stage": stage, "model.dtype": dtype}
+            run = _train(job, folder / name, flags, hide_gpu=device == "cpu")
+            worst = _worst(losses(folder / name), expected) if run["code"] == 0 else None
+            good = worst is not None and worst < LOSS_BOUND[dtype]
+            ok = ok and good
+            rows.append({"engine": name, "ok": good, "worst_loss_difference": worst, "error": run["error"]})
+    return {"ok": ok, "rows": rows}
+
+
+def _worst(found: list[float], expected: list[float]) -> float:
+    return max(abs(a - b) / b for a, b in zip(found, expected, strict=True))
+
+
+def _train(config: Path, out: Path, flags: Mapping[str, Any], hide_gpu: bool) -> dict[str, Any]:
+    command = [sys.executable, "-m", "burnish", "train", str(config), "--output_dir", str(out)]
+    command += [word for key, value in flags.items() for word in (f"--{key}", str(value))]
+    env = {
+        **os.environ,
+        "CUDA_VISIBLE_DEVICES": "" if hide_gpu else os.environ.get("CUDA_VISIBLE_DEVICES", "0"),
+    }
+    done = subprocess.run(command, capture_output=True, text=True, env=env, check=False)
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "log.txt").write_text(done.stdout + done.stderr)
+    return {"code": done.returncode, "error": "" if done.returncode == 0 else done.stderr[-600:]}
+
+
+_QWEN = {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "vocab_size": 151936}
+_LLAMA = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 128256}
+ARCHITECTURES: Mapping[str, Mapping[str, Any]] = {
+    "tiny": {**_LLAMA, "vocab_size": 512, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
+             "num_attention_heads": 4, "num_key_value_heads": 2},
+    "0.5b": {**_QWEN, "hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24,
+             "num_attention_heads": 14, "num_key_value_heads": 2, "tie_word_embeddings": True},
+    "1.5b": {**_QWEN, "hidden_size": 1536, "intermediate_size": 8960, "num_hidden_layers": 28,
+             "num_attention_heads": 12, "num_key_value_heads": 2, "tie_word_embeddings": True},
+    "8b": {**_LLAMA, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
+           "num_attention_heads": 32, "num_key_value_heads": 8, "tie_word_embeddings": False},
+}  # fmt: skip
+SMALL_OPTIMIZER = "adamw_8bit" if importlib.util.find_spec("bitsandbytes") else "adafactor"
+LORA = {"kind": "lora", "rank": 64, "alpha": 128.0}
+SPEED_RUNS: Mapping[str, Mapping[str, Any]] = {
+    "0.5b-full": {"size": "0.5b", "goal": 115e3},
+    "1.5b-full": {"size": "1.5b", "goal": 50e3},
+    "8b-lora": {"size": "8b", "adapter": LORA, "goal": 15.5e3},
+    # fp32 weights, gradients and two moments of 8e9 parameters are 128 GB, too much beside activations.
+    "8b-full": {"size": "8b", "optim": {"name": SMALL_OPTIMIZER}, "goal": 10.6e3},
+}
+"""Runs and the tokens/s that they should reach on one H200."""
+WARM_STEPS, MEASURED_STEPS, TOKENS = 4, 8, 4096
+
+
+def speed(folder: Path, device: str, quick: bool, names: list[str] | None) -> dict[str, Any]:
+    """`burnish train` on full documents: tokens/s, share of the matrix rate, memory against the plan."""
+    if quick:
+        chosen: Mapping[str, Any] = {"tiny": {"size": "tiny", "goal": 0.0}}
+    else:
+        chosen = {name: SPEED_RUNS[name] for name in names or SPEED_RUNS}
+    rate = matrix_rate(device, 1024 if quick else 8192)
+    rows, ok = [], True
+    for name, run in chosen.items():
+        row = _one_speed(folder / name, run, device, 256 if quick else TOKENS, rate)
+        rows.append({"run": name, **row})
+        ok = ok and "error" not in row
+    return {"ok": ok, "matrix_flops_per_second": rate, "rows": rows}
+
+
+def _one_speed(folder: Path, run: Mapping[str, Any], device: str, tokens: int, rate: float) -> dict[str, Any]:
+    shutil.rmtree(folder, ignore_errors=True)
+    job = write_tiny_job(folder)
+    architecture = {**ARCHITECTURES[run["size"]], "max_position_embeddings": tokens}
+    (folder / "model" / "config.json").write_text(json.dumps(architecture))
+    _write_documents(folder / "train.jsonl", tokens, num=8 * (WARM_STEPS + MEASURED_STEPS))
+    config = yaml.safe_load(job.read_text())
+    config["model"]["dtype"] = "bf16"
+    config["data"] |= {
+        "max_tokens": tokens,
+        "train": [{"path": str(folder / "train.jsonl"), "format": "tokens"}],
+    }
+    config["batch"] = {"global_examples": 8, "micro_tokens": 2 * tokens}
+    config["train"] = {"epochs": 1}
+    config["optim"] = {"lr": 1e-6, **run.get("optim", {})}
+    if "adapter" in run:
+        config["adapter"] = run["adapter"]
+    job.write_text(yaml.safe_dump(config))
+    done = _train(job, folder / "run", {}, hide_gpu=device == "cpu")
+    if done["code"]:
+        return {"error": done["error"]}
+    return _measured(folder / "run", run["goal"], rate)
+
+
+def _measured(run_dir: Path, goal: float, rate: float) -> dict[str, Any]:
+    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    steps = [line for line in lines if line["kind"] == "train"][WARM_STEPS:]
+    plan = json.loads((run_dir / "plan.json").read_text())
+    per_second = statistics.median(line["num_tokens"] / line["seconds"] for line in steps)
+    planned = sum(plan["memory_bytes"].values())
+    flops_per_token = plan["flops"] / plan["num_tokens"]
+    return {
+        "optimizer": _optimizer_of(run_dir),
+        "tokens_per_second": round(per_second),
+        "goal": round(goal),
+        "share_of_matrix_rate": round(per_second * flops_per_token / rate, 3),
+        "peak_gb": round(max(line["peak_memory_bytes"] for line in steps) / 1e9, 2),
+        "planned_gb": round(planned / 1e9, 2),
+    }
+
+
+def _optimizer_of(run_dir: Path) -> str:
+    """Which optimizer the run had: it depends on the packages that are there."""
+    return yaml.safe_load((run_dir / "config.yaml").read_text())["optim"]["name"]
+
+
+def _write_documents(path: Path, tokens: int, num: int) -> None:
+    """Documents of one length; the last nine tenths are learned."""
+    chance = np.random.default_rng(0)
+    with path.open("w") as file:
+        for _ in range(num):
+            ids = chance.integers(0, 256, tokens).tolist()
+            mask = [int(i >= tokens // 10) for i in range(tokens)]
+            file.write(json.dumps({"input_ids": ids, "mask": mask}) + "\n")
+
+
+def race(out: Path, device: str, quick: bool) -> dict[str, Any]:
+    """The step against the peers, by `bench/step.py` on this device."""
+    command = [sys.executable, str(ROOT / "bench" / "step.py"), "--device", device]
+    command += ["--add", str(out / "race.json")] + ["--quick"] * quick
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    return {"ok": done.returncode == 0, "table": done.stdout[-4000:], "error": done.stderr[-1000:]}
