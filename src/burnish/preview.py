@@ -24,10 +24,13 @@ def check_data(config: Config) -> tuple[dict[str, Any], str]:
     from burnish.data.prepare import prepare
     from burnish.data.report import describe
     from burnish.data.tokenizer import load_tokenizer
+    from burnish.data.vocabulary import require_rows
 
     tokenizer, template = load_tokenizer(config.model, config.data)
-    report = prepare(config, tokenizer, template).report
-    return report, describe(report)
+    data = prepare(config, tokenizer, template)
+    shape = _grown_shape(config, tokenizer)
+    require_rows(tokenizer, shape.vocab_size, (data.train, data.eval))
+    return data.report, describe(data.report)
 
 
 def plan_run(config: Config, num_gpus: int | None, gpu_memory: str | None) -> Plan:
@@ -46,8 +49,8 @@ def plan_run(config: Config, num_gpus: int | None, gpu_memory: str | None) -> Pl
 
     device = None if gpu_memory is None else _device(gpu_memory)
     world_size = num_gpus or num_workers(config.launch)
-    shape = model_shape(config)
     tokenizer, template = load_tokenizer(config.model, config.data)
+    shape = _grown_shape(config, tokenizer)
     data = prepare(config, tokenizer, template)
     config = resolve_auto(config, shape, world_size, device.memory_bytes if device else None)
     packed = config.data.packing != "off"
@@ -69,6 +72,13 @@ def model_shape(config: Config) -> ModelShape:
     from burnish.model.load import load_model_config
 
     return ModelShape.from_config_json(load_model_config(config.model).to_dict())
+
+
+def _grown_shape(config: Config, tokenizer: Any) -> ModelShape:
+    """`model_shape`, with the rows that `model.add_tokens` and `pad_vocab_multiple` add."""
+    from burnish.data.tokenizer import vocabulary_of
+
+    return model_shape(config).grown(vocabulary_of(tokenizer, config.model))
 
 
 def _device(text: str) -> Device:

@@ -81,6 +81,46 @@ class Example:
 
 
 @dataclass(frozen=True)
+class Vocabulary:
+    """What a run's tokenizer asks of the model's embedding and head."""
+
+    named: frozenset[int] = frozenset()
+    """Tokens of `model.add_tokens`."""
+    new: frozenset[int] = frozenset()
+    """Those of them that the tokenizer did not have: no row was ever trained for them."""
+    multiple: int | None = None
+    """Rows are filled up to a multiple of this."""
+
+    def num_rows(self, before: int) -> int:
+        """Rows of the embedding, where there were `before`: room for every token named."""
+        needed = max([before, *(token + 1 for token in self.named)])
+        multiple = self.multiple or 1
+        return -(-needed // multiple) * multiple
+
+    def fresh(self, before: int) -> tuple[int, ...]:
+        """Tokens that nothing has been learned for, where the embedding had `before` rows. A spare row
+        that the embedding had may be theirs."""
+        return tuple(sorted(self.new | {token for token in self.named if token >= before}))
+
+
+@dataclass(frozen=True)
+class SharedRow:
+    """How documents of a packed row share their beginnings, and which targets its positions have.
+
+    The row is a tree of segments, depth first (`data/prefix_tree.py`). A position may have several
+    targets, one for each way in which documents go on behind it.
+    """
+
+    segments: Int32[np.ndarray, "3 segments"]
+    """Columns at which segments begin, stop, and at which the segments below them end."""
+    columns: Int64[np.ndarray, " targets"]
+    """The column that has to produce each target."""
+    targets: Int64[np.ndarray, " targets"]
+    weights: Float32[np.ndarray, " targets"]
+    """Loss weight of each target, summed over the documents that share it."""
+
+
+@dataclass(frozen=True)
 class MicroBatch:
     """What one forward sees. Packed: one row, documents end to end. Padded: a row per document.
 

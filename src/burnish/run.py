@@ -16,7 +16,8 @@ from burnish.checkpoint.fingerprints import fingerprints
 from burnish.config.schema import Config
 from burnish.data.count import count_windows
 from burnish.data.prepare import prepare
-from burnish.data.tokenizer import load_tokenizer, padding_id, serialised
+from burnish.data.tokenizer import load_tokenizer, padding_id, serialised, vocabulary_of
+from burnish.data.vocabulary import require_rows
 from burnish.data.windows import eval_cuts, plan_windows
 from burnish.engine.build import build_engine, model_init_context, parameter_dtype
 from burnish.export import Exporter
@@ -26,6 +27,7 @@ from burnish.model.attention import can_isolate
 from burnish.model.forward import SupervisedModel
 from burnish.model.load import load_model, load_model_config
 from burnish.model.objective import Objective
+from burnish.model.vocabulary import train_tokens
 from burnish.plan import ModelShape, make_plan, resolve_auto
 from burnish.records import TrainState
 from burnish.report.run_files import write_run_files
@@ -64,7 +66,9 @@ def train(config: Config) -> RunResult:
     # Data first: it needs no other rank, so nobody waits inside a collective while it is prepared.
     tokenizer, template = load_tokenizer(config.model, config.data)
     data = prepare(config, tokenizer, template)
-    shape = ModelShape.from_config_json(load_model_config(config.model).to_dict())
+    vocabulary = vocabulary_of(tokenizer, config.model)
+    shape = ModelShape.from_config_json(load_model_config(config.model).to_dict()).grown(vocabulary)
+    require_rows(tokenizer, shape.vocab_size, (data.train, data.eval))
     config = resolve_auto(config, shape, ranks.world_size, device_memory_bytes(device))
 
     start_process_group(ranks, device, config.launch.hang_timeout_seconds)
@@ -74,10 +78,11 @@ def train(config: Config) -> RunResult:
         init_context=model_init_context(config, ranks, device),
         param_dtype=parameter_dtype(config, ranks),
         quantize=config.adapter.quantize if config.adapter else None,
-        tokenizer_size=len(tokenizer),
+        vocabulary=vocabulary,
     )
     recompute, freeze = config.model.activation_checkpointing, config.model.freeze
     model = adapt(model, config.adapter, recompute, seed=config.train.seed, freeze=freeze)
+    train_tokens(model, shape.new_tokens)
     capability = can_isolate(model, config.model.attention, config.data.max_tokens, config.data.packing)
     sharing = config.engine.sequence_parallel
     parts, layout = max(1, ranks.world_size // sharing), (capability.packed, shape.cost_model(), sharing)

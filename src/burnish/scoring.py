@@ -10,7 +10,7 @@ from typing import Any
 from burnish.config.load import load_config
 from burnish.config.schema import Config
 from burnish.errors import ConfigError, Problem
-from burnish.records import EvalStats
+from burnish.records import EvalStats, Vocabulary
 
 
 def score(target: Sequence[str], data: Sequence[str], as_json: bool) -> str:
@@ -47,7 +47,8 @@ def score(target: Sequence[str], data: Sequence[str], as_json: bool) -> str:
 def evaluate_model(config: Config) -> EvalStats:
     """Token-weighted loss of `model.path` (a model or an adapter) on `data.train`'s examples."""
     from burnish.data.prepare import prepare
-    from burnish.data.tokenizer import load_tokenizer
+    from burnish.data.tokenizer import load_tokenizer, vocabulary_of
+    from burnish.data.vocabulary import require_rows
     from burnish.data.windows import eval_cuts
     from burnish.engine.build import build_engine
     from burnish.model.attention import can_isolate
@@ -59,7 +60,9 @@ def evaluate_model(config: Config) -> EvalStats:
     device = pick_device(ranks)
     tokenizer, template = load_tokenizer(config.model, config.data)
     store = prepare(config, tokenizer, template).train
-    model = _load(config, len(tokenizer))
+    vocabulary = vocabulary_of(tokenizer, config.model)
+    model = _load(config, vocabulary)
+    require_rows(tokenizer, _num_rows(model), [store])
     capability = can_isolate(model, config.model.attention, config.data.max_tokens, config.data.packing)
     engine = build_engine(config, ranks, device, SupervisedModel(model, capability))
     cuts = eval_cuts(store, config.batch, 1, capability.packed)
@@ -67,14 +70,18 @@ def evaluate_model(config: Config) -> EvalStats:
     return evaluate(engine, store, cuts, ranks, step=0, packed=capability.packed, pad_token_id=pad or 0)
 
 
-def _load(config: Config, tokenizer_size: int) -> Any:
+def _num_rows(model: Any) -> int:
+    return model.config.get_text_config(decoder=True).vocab_size
+
+
+def _load(config: Config, vocabulary: Vocabulary) -> Any:
     """The model, or the adapter merged into its base (exact enough to measure: fp32)."""
     import torch
 
     if (Path(config.model.path) / "adapter_config.json").is_file():
-        from peft import AutoPeftModelForCausalLM
+        from burnish.model.finished import load_finished
 
-        adapted: Any = AutoPeftModelForCausalLM.from_pretrained(config.model.path, dtype=torch.float32)
+        adapted: Any = load_finished(config.model.path, torch.float32)
         return adapted.merge_and_unload()
     from burnish.model.load import load_model
 
@@ -83,7 +90,7 @@ def _load(config: Config, tokenizer_size: int) -> Any:
         seed=0,
         init_context=None,
         param_dtype=torch.float32,
-        tokenizer_size=tokenizer_size,
+        vocabulary=vocabulary,
     )
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, final
 
 from burnish.errors import ConfigError, DataError, Problem
@@ -27,10 +26,12 @@ class Speaker:
         import torch
         from transformers import AutoTokenizer
 
+        from burnish.model.finished import load_finished
+
         quieten_libraries()
         try:
             self._tokenizer: Any = AutoTokenizer.from_pretrained(path, padding_side="left")
-            self._model = _load(path)
+            self._model: Any = load_finished(path)
         except (OSError, ValueError) as error:
             first = str(error).strip().splitlines()[0]
             cure = "Give a model folder, an adapter folder, or a hub name."
@@ -84,13 +85,3 @@ def talk(path: str, prompt: str | None, system: str | None, max_tokens: int) -> 
         turns.append({"role": "user", "content": text})
         turns.append({"role": "assistant", "content": speaker.answer([turns])[0]})
         print(turns[-1]["content"])  # noqa: T201
-
-
-def _load(path: str) -> Any:
-    if (Path(path) / "adapter_config.json").is_file():
-        from peft import AutoPeftModelForCausalLM
-
-        return AutoPeftModelForCausalLM.from_pretrained(path)
-    from transformers import AutoModelForCausalLM
-
-    return AutoModelForCausalLM.from_pretrained(path)

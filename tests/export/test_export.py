@@ -141,7 +141,6 @@ def test_an_adapter_of_a_fresh_base_brings_its_base(tmp_path, tokenizer):
         seed=config.train.seed,
         init_context=None,
         param_dtype=torch.float32,
-        tokenizer_size=len(tokenizer),
     )
     model = get_peft_model(fresh, LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM"))
     weights = {n: t for n, t in model.state_dict().items() if "lora_" in n}

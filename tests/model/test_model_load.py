@@ -12,7 +12,7 @@ from burnish.errors import ConfigError, MachineError
 from burnish.model.load import load_model
 
 
-def load(path, tokenizer_size=97, param_dtype=torch.float32, seed=1, **keys):
+def load(path, vocabulary=None, param_dtype=torch.float32, seed=1, **keys):
     quantize = keys.pop("quantize", None)
     return load_model(
         ModelConfig(path=str(path), **keys),
@@ -20,7 +20,7 @@ def load(path, tokenizer_size=97, param_dtype=torch.float32, seed=1, **keys):
         init_context=None,
         param_dtype=param_dtype,
         quantize=quantize,
-        tokenizer_size=tokenizer_size,
+        vocabulary=vocabulary,
     )
 
 
@@ -103,11 +103,6 @@ def test_not_a_causal_language_model(folder, tmp_path):
     (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(ConfigError, match="from_tomorrow"):
         load(folder)
-
-
-def test_a_tokenizer_larger_than_the_embedding_is_refused(folder):
-    with pytest.raises(ConfigError, match="98 tokens"):
-        load(folder, tokenizer_size=98)
 
 
 def test_quantising_needs_weights_and_the_package(folder, monkeypatch):

@@ -24,8 +24,9 @@ from burnish.model.load import load_model
 from burnish.records import MicroBatch, StepStats
 from burnish.runtime import Ranks, barrier, sum_over_ranks
 from burnish.train.loop import TrainJob, train
+from rig.grown import grown, sighted
 from rig.runs import Memory, make_job, run_case, summary, weights_hash
-from rig.toy import VOCABULARY, toy_config, toy_llama, toy_model
+from rig.toy import toy_config, toy_llama, toy_model
 
 
 class PoisonedEngine(Engine):
@@ -183,7 +184,6 @@ def loaded(case: Mapping[str, Any], ranks: Ranks, output_dir: Path) -> dict[str,
         init_context=model_init_context(config, ranks, device),
         param_dtype=parameter_dtype(config, ranks),
         quantize=None,
-        tokenizer_size=VOCABULARY,
     )
     partitioned = all(p.numel() == 0 for p in model.parameters())
     model = adapt(model, config.adapter, "none")
@@ -199,4 +199,6 @@ CASES: dict[str, Callable[[Mapping[str, Any], Ranks, Path], dict[str, Any]]] = {
     "poisoned": poisoned,
     "signalled": signalled,
     "loaded": loaded,
+    "grown": grown,
+    "sighted": sighted,
 }

@@ -52,6 +52,11 @@ def _check_model(config: Config) -> Iterator[Problem]:
     if model.activation_checkpointing == "light":
         cure = "Use none, or full where memory is short; auto follows the memory plan."
         yield Problem("model.activation_checkpointing", "light is not built yet", cure)
+    if any(not token.strip() for token in model.add_tokens):
+        yield Problem("model.add_tokens", "holds an empty token", "Take it out.")
+    if config.adapter is not None and model.pad_vocab_multiple is not None:
+        what = "is set together with adapter: an adapter's base keeps its own size"
+        yield Problem("model.pad_vocab_multiple", what, "Leave it out.")
     if config.adapter is not None and config.adapter.targets == ():
         cure = "Name modules, or leave it all-linear."
         yield Problem("adapter.targets", "is an empty list: nothing would be trained", cure)

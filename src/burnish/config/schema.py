@@ -45,6 +45,10 @@ class ModelConfig(_Section):
 
 
 class AdapterConfig(_Section):
+    add_tokens: tuple[str, ...] | dict[str, Literal["special", "ordinary"]] = ()
+    """Tokens that the tokenizer gets: control tokens, [<|call|>]; or {<|call|>: special, kWh: ordinary}."""
+    pad_vocab_multiple: PositiveInt | None = None
+    """Embedding and head get rows up to a multiple of this; 64 suits GPUs. Not with an adapter."""
     """Train a small adapter instead of the whole model."""
 
     kind: Literal["lora", "rslora", "dora", "pissa"] = "lora"

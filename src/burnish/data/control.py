@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 from jaxtyping import Int32, Int64
-from tokenizers import Tokenizer
+from tokenizers import AddedToken, Tokenizer
 
 from burnish.data.problems import RowProblem
 
@@ -57,8 +57,8 @@ class Aliased:
 class ControlTokens:
     """The control tokens of a tokenizer, and what keeps typed ones apart from real ones.
 
-    Control tokens are all added tokens, special or not, except those made only of white space or
-    only of letters and digits, which tokenizers add for ordinary text.
+    Control tokens are all added tokens, except those that are added for ordinary text: made only of
+    white space or only of letters and digits, or not special and beginning with a letter or digit.
 
     Args:
         backend: The Rust tokenizer; not changed.
@@ -66,7 +66,7 @@ class ControlTokens:
 
     def __init__(self, backend: Tokenizer) -> None:
         added = backend.get_added_tokens_decoder()
-        self._ids = {token.content: i for i, token in sorted(added.items()) if _is_control(token.content)}
+        self._ids = {token.content: i for i, token in sorted(added.items()) if _is_control(token)}
         self.names: tuple[str, ...] = tuple(sorted(self._ids, key=len, reverse=True))
         self._number = {name: n for n, name in enumerate(self.names)}
         spelled = "|".join(map(re.escape, self.names)) or "(?!)"
@@ -197,5 +197,7 @@ class ControlTokens:
         return real_ids
 
 
-def _is_control(content: str) -> bool:
-    return bool(content.strip()) and not content.replace(" ", "").replace("▁", "").isalnum()
+def _is_control(token: AddedToken) -> bool:
+    content = token.content.strip()
+    word = content.replace(" ", "").replace("▁", "").isalnum()
+    return bool(content) and not word and (token.special or not content[0].isalnum())

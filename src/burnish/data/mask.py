@@ -208,9 +208,12 @@ class Encoder:
     def _surrounded(
         self, ids: Int32[np.ndarray, " tokens"], weights: Float32[np.ndarray, " tokens"]
     ) -> tuple[Int32[np.ndarray, " longer"], Float32[np.ndarray, " longer"]]:
-        """Plain text with the tokenizer's BOS, if it puts one, and one EOS, which is trained on."""
-        before = list(self._bos)
-        after = [] if self._eos is None else [self._eos]
+        """Plain text with the tokenizer's BOS, if it puts one, and one EOS, which is trained on. A text that
+        brings them itself (`control_tokens: allow`) gets no second one."""
+        has_bos = tuple(ids[: len(self._bos)]) == self._bos
+        has_eos = len(ids) > 0 and ids[-1] == self._eos
+        before = [] if has_bos else list(self._bos)
+        after = [] if has_eos or self._eos is None else [self._eos]
         return (
             np.concatenate([np.array(before, np.int32), ids, np.array(after, np.int32)]),
             np.concatenate([np.zeros(len(before), np.float32), weights, np.ones(len(after), np.float32)]),

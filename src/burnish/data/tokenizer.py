@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 from burnish.config.schema import DataConfig, ModelConfig
 from burnish.data.sandbox import probe_template
+from burnish.data.vocabulary import add_tokens
 from burnish.errors import DataError, Problem
+from burnish.records import Vocabulary
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -31,7 +33,7 @@ def load_tokenizer(model: ModelConfig, data: DataConfig) -> tuple[PreTrainedToke
     """Load the tokenizer, and find the chat template that conversations are written with.
 
     Args:
-        model: Its `tokenizer`, or else its `path`, names the tokenizer.
+        model: Its `tokenizer`, or else its `path`, names the tokenizer; its `add_tokens` are added.
         data: Its `chat_template` is a file, a built-in name, or null for the tokenizer's own.
 
     Returns:
@@ -42,6 +44,38 @@ def load_tokenizer(model: ModelConfig, data: DataConfig) -> tuple[PreTrainedToke
         DataError: The tokenizer cannot be loaded, has no fast (Rust) form, or the template is neither
             a file nor a built-in name, or does not keep within `sandbox.py`'s limits.
     """
+    tokenizer = _load(model)
+    add_tokens(tokenizer, model)
+    template = _find_template(tokenizer, data.chat_template)
+    if template is not None and template not in builtin_templates().values():
+        probe_template(template)
+    return tokenizer, template
+
+
+def vocabulary_of(tokenizer: PreTrainedTokenizerBase, model: ModelConfig) -> Vocabulary:
+    """What a tokenizer that `load_tokenizer` gave asks of the model's embedding."""
+    if not model.add_tokens:
+        return Vocabulary(multiple=model.pad_vocab_multiple)
+    known = frozenset(_load(model).get_vocab().values())
+    numbers: Any = tokenizer.convert_tokens_to_ids(list(model.add_tokens))
+    named = frozenset(numbers)
+    return Vocabulary(named, named - known, model.pad_vocab_multiple)
+
+
+def padding_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """What fills padded rows; any token will do, because no attention and no loss sees it."""
+    own: Any = tokenizer.pad_token_id
+    return own if isinstance(own, int) else 0
+
+
+def serialised(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Everything that decides which tokens a text becomes, as one text."""
+    fast: Any = tokenizer
+    return fast.backend_tokenizer.to_str()
+
+
+def _load(model: ModelConfig) -> PreTrainedTokenizerBase:
+    """The tokenizer as it was published."""
     from transformers import AutoTokenizer
 
     path = model.tokenizer or model.path
@@ -66,22 +100,7 @@ def load_tokenizer(model: ModelConfig, data: DataConfig) -> tuple[PreTrainedToke
                 "Save it with a tokenizer.json, or set model.tokenizer to one that has it.",
             )
         )
-    template = _find_template(tokenizer, data.chat_template)
-    if template is not None and template not in builtin_templates().values():
-        probe_template(template)
-    return tokenizer, template
-
-
-def padding_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """What fills padded rows; any token will do, because no attention and no loss sees it."""
-    own: Any = tokenizer.pad_token_id
-    return own if isinstance(own, int) else 0
-
-
-def serialised(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Everything that decides which tokens a text becomes, as one text."""
-    fast: Any = tokenizer
-    return fast.backend_tokenizer.to_str()
+    return tokenizer
 
 
 def _find_template(tokenizer: PreTrainedTokenizerBase, name: str | None) -> str | None:

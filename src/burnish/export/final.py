@@ -9,15 +9,20 @@ from typing import Any
 
 import torch
 from peft import PeftModel, get_peft_model_state_dict
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from safetensors.torch import save_file
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from burnish.config.schema import Config
+from burnish.data.tokenizer import vocabulary_of
 from burnish.errors import MachineError, Problem
 from burnish.export.card import ExportFacts, model_card
 from burnish.export.chat import generation_config, save_tokenizer
 from burnish.export.folder import prove_weights, whole_folder
 from burnish.export.pissa import as_lora, as_lora_config
+from burnish.export.vision import copy_processor, kept_weights
 from burnish.model.load import COMPUTE_DTYPES, load_model
+from burnish.model.vocabulary import token_rows
 
 MAX_SHARD_SIZE = "5GB"
 BASE_FOLDER = "base"
@@ -65,8 +70,10 @@ def export_final(
         else:
             # A fresh model's generation config is nobody's choice; a pretrained one's is kept.
             own = model.generation_config if config.model.init == "pretrained" else None
-            save_model(model, state, COMPUTE_DTYPES[config.model.dtype], staging)
+            kept = kept_weights(model, config.model)
+            save_model(model, state, COMPUTE_DTYPES[config.model.dtype], staging, kept)
             save_generation_config(own, tokenizer, template, staging)
+            copy_processor(model, config.model, staging)
         save_tokenizer(tokenizer, template, staging)
         card = model_card(config, out.parent.resolve().name, facts)
         (staging / "README.md").write_text(card, encoding="utf-8")
@@ -74,7 +81,11 @@ def export_final(
 
 
 def save_model(
-    model: PreTrainedModel, state: Mapping[str, torch.Tensor], dtype: torch.dtype, folder: Path
+    model: PreTrainedModel,
+    state: Mapping[str, torch.Tensor],
+    dtype: torch.dtype,
+    folder: Path,
+    kept: Mapping[str, torch.Tensor] | None = None,
 ) -> None:
     """Weights, rounded to `dtype`, and config of a full model; read back and compared.
 
@@ -83,12 +94,17 @@ def save_model(
         state: All weights by the model's names; tied ones are one tensor.
         dtype: Of floating-point weights in the files.
         folder: Exists.
+        kept: Weights that are written as they are, instead of those in `state`.
     """
+    kept = kept or {}
     # Parameters only: some buffers (a router's correction) need their fp32.
     parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     rounded: dict[tuple[int, int], torch.Tensor] = {}
     weights: dict[str, torch.Tensor] = {}
     for name, tensor in state.items():
+        if name in kept:
+            weights[name] = kept[name].contiguous()
+            continue
         key = (tensor.data_ptr(), tensor.numel())  # tied ones share both, and stay one tensor
         if key not in rounded:
             is_weight = name in parameters and tensor.is_floating_point()
@@ -113,7 +129,13 @@ def _save_adapter(
     # Not "auto": that would ask the hub whether the embedding has grown.
     model.save_pretrained(str(folder), state_dict=dict(state), save_embedding_layers=False)
     saved = get_peft_model_state_dict(model, state_dict=dict(state), save_embedding_layers=False)
-    renamed = prove_weights(folder, {name: tensor.contiguous() for name, tensor in saved.items()})
+    saved = {name: tensor.contiguous() for name, tensor in saved.items()}
+    indices, names = token_rows(model, state)
+    if indices:
+        saved |= {theirs: state[ours].contiguous() for ours, theirs in names.items()}
+        save_file(saved, folder / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
+        _change(folder / "adapter_config.json", trainable_token_indices=indices)
+    renamed = prove_weights(folder, saved)
     if renamed or not saved:
         what = f"reading back the adapter: {sorted(renamed)[:3] or 'there is nothing in it'}"
         raise MachineError(Problem(str(folder), what, "Nothing was put in place; the checkpoints hold it."))
@@ -133,7 +155,7 @@ def _base_path(config: Config, tokenizer: PreTrainedTokenizerBase, template: str
             seed=config.train.seed,
             init_context=None,
             param_dtype=dtype,
-            tokenizer_size=len(tokenizer),
+            vocabulary=vocabulary_of(tokenizer, config.model),
         )
         with whole_folder(beside) as staging:
             save_model(base, base.state_dict(), dtype, staging)

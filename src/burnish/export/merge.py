@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 
 from burnish.errors import ConfigError, Problem
 from burnish.export.chat import save_tokenizer
 from burnish.export.final import save_generation_config, save_model
 from burnish.export.folder import whole_folder
+from burnish.model.finished import load_finished
 from burnish.model.load import COMPUTE_DTYPES
 from burnish.runtime import quieten_libraries
 
@@ -60,13 +60,12 @@ def merge(adapter: Path, out: Path, dtype: str = "bf16") -> MergeProof:
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(Problem(str(out), "is there already", "Give a folder that does not exist yet."))
     try:
-        base: Any = AutoModelForCausalLM.from_pretrained(base_name, dtype=torch.float32)
+        adapted: Any = load_finished(str(adapter), torch.float32).eval()
     except (OSError, ValueError) as error:
-        what = f"the adapter's base {base_name} cannot be loaded: {str(error).splitlines()[0]}"
+        what = f"the adapter on its base {base_name} cannot be loaded: {str(error).splitlines()[0]}"
         cure = "Put it there, or correct base_model_name_or_path in adapter_config.json."
         raise ConfigError(Problem(str(adapter), what, cure)) from error
-    generation = base.generation_config
-    adapted: Any = PeftModel.from_pretrained(base, str(adapter)).eval()
+    generation = adapted.get_base_model().generation_config
     tokenizer: Any = AutoTokenizer.from_pretrained(str(adapter))
     probe = _probe_tokens(len(tokenizer))
     wanted = _logits(adapted, probe)
@@ -77,8 +76,8 @@ def merge(adapter: Path, out: Path, dtype: str = "bf16") -> MergeProof:
         save_tokenizer(tokenizer, None, staging)
         card = f"# {out.name}\n\n{adapter.name} merged into its base with Burnish, in {dtype}.\n"
         (staging / "README.md").write_text(card, encoding="utf-8")
-        del merged, adapted, base
-        again: Any = AutoModelForCausalLM.from_pretrained(staging, dtype=COMPUTE_DTYPES[dtype])
+        del merged, adapted
+        again: Any = load_finished(str(staging), COMPUTE_DTYPES[dtype])
         return _compare(wanted, _logits(again.eval(), probe))
 
 

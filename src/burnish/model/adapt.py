@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from burnish.config.patterns import names_part
 from burnish.config.schema import AdapterConfig
 from burnish.errors import ConfigError, Problem
+from burnish.model.vision import has_vision, language_linears
 
 Checkpointing = Literal["none", "light", "full", "auto"]
 
@@ -116,7 +117,8 @@ def _lora_config(model: PreTrainedModel, adapter: AdapterConfig) -> LoraConfig:
 def _targets(model: PreTrainedModel, targets: str | tuple[str, ...]) -> str | list[str]:
     """Target modules for peft, every name checked against the model."""
     if isinstance(targets, str):
-        return targets  # peft's all-linear: every linear layer but the output embeddings
+        # peft's all-linear: every linear layer but the output embeddings, of a vision part too.
+        return language_linears(model) if has_vision(model) else targets
     names = [name for name, _ in model.named_modules() if name]
     known = set(names) | {name.rsplit(".", 1)[-1] for name in names}
     problems = []
@@ -128,7 +130,9 @@ def _targets(model: PreTrainedModel, targets: str | tuple[str, ...]) -> str | li
         problems.append(Problem("adapter.targets", f"the model has no module {target!r}", cure))
     if problems:
         raise ConfigError(*problems)
-    return list(targets)
+    if not has_vision(model):
+        return list(targets)
+    return [n for n in language_linears(model) if any(f".{n}".endswith(f".{target}") for target in targets)]
 
 
 def _leaves(model: PreTrainedModel) -> list[str]:

@@ -10,6 +10,7 @@ from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel
 
+from burnish.model.grown import GrownHead
 from burnish.model.head import HeadShape
 
 
@@ -42,12 +43,22 @@ def body_of(model: PreTrainedModel) -> PreTrainedModel | None:
     return None
 
 
-def head_of(model: PreTrainedModel) -> Head | None:
-    """The head, if it is one plain linear layer (an adapter on it makes it more than that)."""
+def head_layer(model: PreTrainedModel) -> nn.Linear | GrownHead | None:
+    """The head, if it is one plain linear layer (an adapter on it makes it more than that), or one with
+    rows of their own for new tokens."""
     layer = model.get_output_embeddings()
-    if type(layer) is not nn.Linear:
+    return layer if isinstance(layer, GrownHead) or type(layer) is nn.Linear else None
+
+
+def head_of(model: PreTrainedModel) -> Head | None:
+    """The matrix of `head_layer`, put together where that has two."""
+    layer = head_layer(model)
+    if layer is None:
         return None
-    return Head(layer.weight, layer.bias, head_shape(model.config))
+    shape = head_shape(model.config)
+    if isinstance(layer, GrownHead):
+        return Head(layer.merged_weight(), None, shape)
+    return Head(layer.weight, layer.bias, shape)
 
 
 def head_shape(config: Any) -> HeadShape:

@@ -24,6 +24,7 @@ from burnish.errors import ConfigError, Problem
 from burnish.model.anatomy import body_of, causal_model, head_of
 from burnish.model.document_attention import ATTENTION_NAME, document_mask, register_attention
 from burnish.model.surrogate import REFUSALS, build_surrogate
+from burnish.model.vision import has_vision
 from burnish.model.windows_asked import windows_disagree
 
 PROBE_LENGTHS = (7, 6)
@@ -71,6 +72,11 @@ def can_isolate(
     else:
         with _quiet(subject):
             capability = _try_out(subject, choice, max_tokens, packing)
+    if has_vision(causal) and not capability.fused_head:
+        what = f"{type(causal).__name__}'s language model alone gives other logits than the whole model"
+        raise ConfigError(
+            Problem("model.path", what, "Give a checkpoint of the language model without vision.")
+        )
     if packing == "on" and not capability.packed:
         raise ConfigError(
             Problem(

@@ -18,7 +18,7 @@ from jaxtyping import Float32, Int64
 from torch import nn
 from torch.nn import functional
 
-from burnish.model.anatomy import Head, body_of, causal_model, head_of
+from burnish.model.anatomy import Head, body_of, causal_model, head_layer, head_of
 from burnish.model.attention import Capability
 from burnish.model.document_attention import document_mask
 from burnish.model.extras import Balance, balancing_loss, noisy_embeddings
@@ -136,9 +136,8 @@ class SupervisedModel(nn.Module):
     def external_parameters(self) -> list[nn.Parameter]:
         """Parameters that this module's forward uses although a child owns them: ZeRO-3 has to be
         told, so that it gathers them once per micro-batch."""
-        head = self._fused_head()
-        candidates = [] if head is None else [head.weight, head.bias]
-        return [p for p in candidates if isinstance(p, nn.Parameter)]
+        layer = head_layer(causal_model(self.model)) if self.capability.fused_head else None
+        return [] if layer is None else list(layer.parameters())
 
     def forward(
         self, batch: DeviceBatch, per_document: bool = False
@@ -196,7 +195,7 @@ class SupervisedModel(nn.Module):
         }
         if self._balance is not None and self.training:
             arguments["output_router_logits"] = True
-        if self._fused_head() is None:
+        if not self.capability.fused_head or head_layer(causal_model(self.model)) is None:
             return self._plain_logits(batch, arguments)
         body = body_of(causal_model(self.model))
         assert body is not None  # the capability says that there is one

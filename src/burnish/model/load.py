@@ -10,10 +10,12 @@ from typing import Any, Literal
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from burnish.config.schema import ModelConfig
 from burnish.errors import ConfigError, MachineError, Problem
+from burnish.model.vision import architecture_of, freeze_vision, loader_of
+from burnish.model.vocabulary import grow
+from burnish.records import Vocabulary
 
 COMPUTE_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -30,9 +32,9 @@ def load_model(
     init_context: AbstractContextManager[Any] | None,
     param_dtype: torch.dtype,
     quantize: Literal["nf4"] | None = None,
-    tokenizer_size: int,
+    vocabulary: Vocabulary | None = None,
 ) -> PreTrainedModel:
-    """Load a causal language model, or build it afresh.
+    """Load a causal language model, or build it afresh, with rows for the tokens that were added.
 
     Args:
         model: Where from, and how.
@@ -40,14 +42,14 @@ def load_model(
         init_context: The engine's context for loading (ZeRO-3), or None.
         param_dtype: What parameters are kept in.
         quantize: `nf4` keeps linear layers in 4 bits.
-        tokenizer_size: Tokens that the tokenizer can produce; the embedding must hold them.
+        vocabulary: What the tokenizer asks of the embedding; None for no more than there is.
 
     Raises:
         ConfigError: The model does not exist, or is not a causal language model.
         MachineError: Weights are missing, left over, or of another shape; a package is missing.
     """
     config = load_model_config(model)
-    _check_vocabulary(config, tokenizer_size)
+    vocabulary = vocabulary or Vocabulary()
     if model.init == "random":
         if quantize is not None:
             raise ConfigError(
@@ -57,10 +59,16 @@ def load_model(
                     "Quantise a pretrained model, or leave adapter.quantize out.",
                 )
             )
-        return _fresh(config, seed, param_dtype, model)
-    _check_weight_files(model.path)
-    with init_context or nullcontext():
-        return _pretrained(model, config, param_dtype, quantize)
+        text = config.get_text_config(decoder=True)
+        text.vocab_size = vocabulary.num_rows(text.vocab_size)
+        built = _fresh(config, seed, param_dtype, model)
+    else:
+        _check_weight_files(model.path)
+        with init_context or nullcontext():
+            built = _pretrained(model, config, param_dtype, quantize)
+            grow(built, vocabulary)
+    freeze_vision(built)
+    return built
 
 
 def load_model_config(model: ModelConfig) -> Any:
@@ -89,7 +97,7 @@ def load_model_config(model: ModelConfig) -> Any:
         what = f"{model.path} is an encoder-decoder model ({config.model_type})"
         raise ConfigError(Problem("model.path", what, "Burnish trains causal language models."))
     remote = "AutoModelForCausalLM" in (config.to_dict().get("auto_map") or {})
-    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and not remote:
+    if architecture_of(config) is None and not remote:
         what = f"{model.path} ({config.model_type}) has no causal language model in transformers"
         raise ConfigError(Problem("model.path", what, "Burnish trains causal language models."))
     return config
@@ -115,9 +123,9 @@ def _fresh(config: Any, seed: int, dtype: torch.dtype, model: ModelConfig) -> Pr
     # engine partitions them afterwards.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
+        architecture: Any = architecture_of(config)
+        if architecture is not None:
             # The class itself: `from_config` would partition while a ZeRO-3 config is alive.
-            architecture: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
             built = architecture(config)
         else:
             built = AutoModelForCausalLM.from_config(config, trust_remote_code=model.trust_remote_code)
@@ -157,7 +165,7 @@ def _pretrained(
     if quantize == "nf4":
         arguments["quantization_config"] = _nf4(COMPUTE_DTYPES[model.dtype])
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = loader_of(config).from_pretrained(
             _place(model.path),
             config=config,
             revision=model.revision,
@@ -219,15 +227,3 @@ def _name_them(path: str, what: str, entries: Any) -> list[Problem]:
     shown = ", ".join(names[:_MAX_NAMES_SHOWN]) + (", ..." if len(names) > _MAX_NAMES_SHOWN else "")
     cure = "The folder may be an incomplete download, or config.json of another model."
     return [Problem("model.path", f"{path}: {len(names)} {what}: {shown}", cure)]
-
-
-def _check_vocabulary(config: Any, tokenizer_size: int) -> None:
-    rows = config.get_text_config(decoder=True).vocab_size
-    if tokenizer_size > rows:
-        raise ConfigError(
-            Problem(
-                "model.tokenizer",
-                f"the tokenizer has {tokenizer_size} tokens, the model's embedding {rows} rows",
-                "Give the tokenizer that belongs to the model.",
-            )
-        )

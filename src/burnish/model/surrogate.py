@@ -48,9 +48,21 @@ def shrink(config: Any) -> Any:
         if isinstance(values.get(key), int):
             setattr(text, key, min(values[key], SMALL_INTERMEDIATE))
     _cut_layers(text, values)
+    _cut_vision(small)
     if small.to_dict().get("quantization_config") is not None:
         del small.quantization_config  # the small model is made in fp32
     return small
+
+
+def _cut_vision(small: Any) -> None:
+    """One layer of a vision part, which is never run."""
+    if not isinstance(small.to_dict().get("vision_config"), dict):
+        return
+    vision = small.vision_config
+    values = vision.to_dict()
+    for key in ("num_hidden_layers", "depth"):
+        if isinstance(values.get(key), int):
+            setattr(vision, key, min(values[key], 1))
 
 
 def _cut_layers(text: Any, values: dict[str, Any]) -> None:

@@ -184,7 +184,8 @@ def _head(config: Config, setup: _Setup, shape: ModelShape, rows: int, supervise
     supervised = max(1, int(rows * supervised_share))
     logits = min(_HEAD_CHUNK_ROWS, supervised) * shape.vocab_size * (setup.compute_bytes + 4)
     hidden = 2 * supervised * shape.hidden_size * setup.compute_bytes
-    grad_weight = shape.embedding_params * 4 if config.adapter is None else 0
+    trains_head = config.adapter is None or bool(shape.new_tokens)
+    grad_weight = shape.embedding_params * 4 if trains_head else 0
     return logits + hidden + grad_weight
 
 

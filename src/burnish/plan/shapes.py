@@ -7,12 +7,13 @@ is taken for a Llama with the same widths, and `ModelShape.exact` is False.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from burnish.config.schema import AdapterConfig
 from burnish.errors import ConfigError, Problem
 from burnish.plan.counts import CostModel
+from burnish.records import Vocabulary
 
 
 @dataclass(frozen=True)
@@ -117,6 +118,16 @@ class ModelShape:
     """Learned positions, the last norm, the head's bias."""
     exact: bool
     """Whether parameter counts are known for this family, or estimated."""
+    new_tokens: tuple[int, ...] = ()
+    """Tokens whose rows an adapter trains too."""
+
+    def grown(self, vocabulary: Vocabulary) -> ModelShape:
+        """The shape with the rows that a tokenizer asks for."""
+        rows = vocabulary.num_rows(self.vocab_size)
+        family = FAMILIES.get(self.model_type, Family())
+        other = self.other_params + (rows - self.vocab_size) * family.head_bias
+        fresh = vocabulary.fresh(self.vocab_size)
+        return replace(self, vocab_size=rows, other_params=other, new_tokens=fresh)
 
     @property
     def embedding_params(self) -> int:
@@ -151,7 +162,8 @@ class ModelShape:
         return any(m.name in ("gate", "gate_up") for m in self.layers[0])
 
     def lora_params(self, adapter: AdapterConfig) -> int:
-        """What the adapter adds: `rank * (in + out)` a matrix, and with DoRA one magnitude a row.
+        """What the adapter adds: `rank * (in + out)` a matrix, with DoRA one magnitude a row, and the
+        rows of new tokens.
 
         With a list of targets that names none of the known matrices this is all-linear's number.
         """
@@ -160,7 +172,8 @@ class ModelShape:
             wanted = {_short_name(target) for target in adapter.targets}
             matrices = [m for m in matrices if m.name in wanted] or matrices
         dora = adapter.kind == "dora"
-        return sum(
+        rows = len(self.new_tokens) * self.hidden_size * (1 if self.tied else 2)
+        return rows + sum(
             m.copies
             * (adapter.rank * m.rank_factor * (m.d_in + m.d_out) + (dora and m.rank_factor) * m.d_out)
             for m in matrices

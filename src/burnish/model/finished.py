@@ -1,0 +1,47 @@
+"""A finished model from its folder, full or an adapter on its base, as a user of it loads it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from transformers import AutoConfig, PreTrainedModel
+
+from burnish.model.vision import loader_of
+
+
+def load_finished(path: str, dtype: torch.dtype | None = None) -> PreTrainedModel | PeftModel:
+    """Load a full model, or an adapter with its base.
+
+    Args:
+        path: Folder, or a full model's hub name.
+        dtype: Of the weights; None for that of the files.
+
+    Raises:
+        OSError, ValueError: As transformers has them, where something is not there or does not fit.
+    """
+    file = Path(path) / "adapter_config.json"
+    if not file.is_file():
+        return _load_full(path, None, dtype)
+    adapter = json.loads(file.read_text(encoding="utf-8"))
+    base = _load_full(str(adapter["base_model_name_or_path"]), adapter.get("revision"), dtype)
+    make_room(base, adapter)
+    return PeftModel.from_pretrained(base, path)
+
+
+def make_room(base: PreTrainedModel, adapter: dict[str, Any]) -> None:
+    """Give an adapter's base rows for the tokens that the adapter brings; it brings all they hold."""
+    rows = base.config.get_text_config(decoder=True).vocab_size
+    brought = adapter.get("trainable_token_indices") or {}
+    lists = brought.values() if isinstance(brought, dict) else [brought]
+    needed = 1 + max((max(tokens) for tokens in lists), default=-1)
+    if needed > rows:
+        base.resize_token_embeddings(needed, mean_resizing=False)
+
+
+def _load_full(path: str, revision: str | None, dtype: torch.dtype | None) -> PreTrainedModel:
+    config = AutoConfig.from_pretrained(path, revision=revision)
+    return loader_of(config).from_pretrained(path, revision=revision, dtype=dtype or "auto")

@@ -1,0 +1,114 @@
+"""Runs of loaded models as run.py makes them, with new tokens or a vision part; exported at the end."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer, models
+from transformers import (
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    Qwen2VLConfig,
+    Qwen2VLForConditionalGeneration,
+)
+
+from burnish.data.store import ExampleStore
+from burnish.engine.build import model_init_context, parameter_dtype
+from burnish.export import Exporter
+from burnish.model.adapt import adapt
+from burnish.model.attention import can_isolate
+from burnish.model.forward import SupervisedModel
+from burnish.model.load import load_model
+from burnish.model.vocabulary import train_tokens
+from burnish.records import Example, Vocabulary
+from burnish.runtime import Ranks, barrier
+from burnish.train.loop import Feed, TrainJob, train
+from rig.runs import make_job, summary
+from rig.toy import VOCABULARY, toy_config, toy_llama, toy_store
+
+NEW_TOKENS = (VOCABULARY, VOCABULARY + 1)
+
+
+def grown(case: Mapping[str, Any], ranks: Ranks, output_dir: Path) -> dict[str, Any]:
+    """A Llama that gets two tokens, which the data uses; with `stop` the run ends there and is resumed."""
+    base = toy_llama(tied=case.get("tied", False))
+    vocabulary = Vocabulary(frozenset(NEW_TOKENS), frozenset(NEW_TOKENS), case.get("multiple"))
+    return _run(case, ranks, output_dir, base, vocabulary)
+
+
+def sighted(case: Mapping[str, Any], ranks: Ranks, output_dir: Path) -> dict[str, Any]:
+    """A Qwen2-VL in bf16 files: its language model is trained."""
+    return _run(case, ranks, output_dir, toy_qwen2_vl().to(torch.bfloat16), Vocabulary())
+
+
+def toy_qwen2_vl() -> Qwen2VLForConditionalGeneration:
+    torch.manual_seed(1)
+    rope = {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 10000.0}
+    text = {
+        "vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64,
+        "initializer_range": 0.2, "rope_parameters": rope, "bos_token_id": 1, "eos_token_id": 2,
+    }  # fmt: skip
+    vision = {"depth": 2, "embed_dim": 16, "hidden_size": 32, "num_heads": 2, "patch_size": 4}
+    return Qwen2VLForConditionalGeneration(Qwen2VLConfig(text_config=text, vision_config=vision))
+
+
+def _run(
+    case: Mapping[str, Any], ranks: Ranks, output_dir: Path, base: PreTrainedModel, vocabulary: Vocabulary
+) -> dict[str, Any]:
+    folder = output_dir / "base"
+    if ranks.is_main:
+        base.save_pretrained(folder)
+        (folder / "preprocessor_config.json").write_text('{"made": "up"}')
+    barrier(ranks)
+    settings = {**case["settings"], "model.path": str(folder), "model.init": "pretrained"}
+    if "stop" in case:
+        stopped = {**settings, "train.max_steps": case["stop"], "checkpoint.every_steps": case["stop"]}
+        train(_job(stopped, ranks, output_dir, vocabulary)[0])
+        settings["checkpoint.resume"] = "must"
+    job, exporter = _job(settings, ranks, output_dir, vocabulary)
+    state = train(job)
+    exporter.export(output_dir / "final", state)
+    return summary(job)
+
+
+def _job(
+    settings: Mapping[str, Any], ranks: Ranks, output_dir: Path, vocabulary: Vocabulary
+) -> tuple[TrainJob, Exporter]:
+    config = toy_config(output_dir, settings)
+    model = load_model(
+        config.model,
+        seed=config.train.seed,
+        init_context=model_init_context(config, ranks, torch.device("cpu")),
+        param_dtype=parameter_dtype(config, ranks),
+        vocabulary=vocabulary,
+    )
+    with model_init_context(config, ranks, torch.device("cpu")):
+        model = adapt(model, config.adapter, "none", seed=config.train.seed)
+    train_tokens(model, vocabulary.fresh(VOCABULARY))
+    job = make_job(config, ranks, model=SupervisedModel(model, can_isolate(model)))
+    if vocabulary.named:
+        job = replace(job, feed=Feed(_with_new_tokens(), job.feed.packed, 0))
+    return job, Exporter(config, job.engine, model, _tokenizer(vocabulary), None, ranks)
+
+
+def _with_new_tokens() -> ExampleStore:
+    """The toy's examples with every fifth token a new one: same lengths and weights, so same windows."""
+    toy = toy_store()
+    examples = []
+    for i in range(len(toy)):
+        ids = toy[i].token_ids.copy()
+        ids[1::5] = np.resize(NEW_TOKENS, len(ids[1::5]))
+        examples.append(Example(toy[i].source, toy[i].row, ids, toy[i].weights))
+    return ExampleStore.from_examples(examples)
+
+
+def _tokenizer(vocabulary: Vocabulary) -> PreTrainedTokenizerFast:
+    words = {f"w{i}": i for i in range(VOCABULARY + len(vocabulary.named))}
+    raw = Tokenizer(models.WordLevel(words, unk_token="w0"))
+    return PreTrainedTokenizerFast(tokenizer_object=raw, unk_token="w0", eos_token="w2")
