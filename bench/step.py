@@ -16,6 +16,7 @@ import argparse
 import json
 import subprocess
 import sys
+import tempfile
 import venv
 from datetime import date
 from pathlib import Path
@@ -25,6 +26,7 @@ BENCH = Path(__file__).parent
 sys.path.insert(0, str(BENCH))
 
 from step.cases import CASES, QUICK  # noqa: E402
+from step.front_door import stage, time_split, train, zero_cost  # noqa: E402
 from step.race import ALWAYS, PEERS, Settings, run_case  # noqa: E402
 from step.table import printed, verdicts, write_page  # noqa: E402
 
@@ -67,9 +69,34 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--data", help="an Alpaca file, JSON or JSON lines; default: rows made on the spot")
     parser.add_argument("--tokenizer", help="folder of a fast tokenizer; default: one made from the rows")
     parser.add_argument("--peers-venv", action="store_true", help="run TRL in a venv of its own")
+    parser.add_argument(
+        "--front-door", type=int, metavar="N", help="instead: N examples through burnish train"
+    )
+    parser.add_argument("--zero", action="store_true", help="instead: what ZeRO-2 on two ranks costs a step")
     parser.add_argument("--add", type=Path, help="add the cases to this JSON file (made if it is not there)")
     parser.add_argument("--write", action="store_true", help="write bench/results and the docs")
     return parser.parse_args()
+
+
+def write_json(path: Path, results: dict[str, Any]) -> None:
+    """After every case: what has been measured stays if a later one fails."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(results, indent=1) + "\n", "utf-8")
+
+
+def through_the_door(args: argparse.Namespace) -> dict[str, Any]:
+    """`--front-door` and `--zero`."""
+    found: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory(prefix="burnish-door-") as scratch:
+        rows = data_bench.read_rows(args.data, args.front_door or 400)
+        tokenizer = data_bench.tokenizer_for(args.tokenizer, rows)
+        stage(Path(scratch), "llama", rows, tokenizer, small=args.front_door is not None)
+        if args.front_door:
+            found["front_door"] = time_split(train(Path(scratch), []))
+        if args.zero:
+            found["zero_2_on_two_ranks"] = zero_cost(Path(scratch), args.rounds)
+    print(json.dumps(found, indent=1), flush=True)
+    return found
 
 
 def main() -> None:
@@ -85,12 +112,15 @@ def main() -> None:
         device=args.device,
     )
     chosen = args.case or (QUICK if args.quick else [case.name for case in CASES])
-    rows = examples_of(args.data, args.tokenizer, 1000)
     path = args.add or (BENCH / "results" / f"{date.today().isoformat()}-step.json" if args.write else None)
     results: dict[str, Any] = {"cases": {}}
     if path is not None and path.exists():
         results = json.loads(path.read_text("utf-8"))
     results |= {"machine": data_bench.machine(), "data": "an Alpaca file" if args.data else "made up"}
+    if args.front_door or args.zero:
+        results |= through_the_door(args)
+        chosen = []
+    rows = examples_of(args.data, args.tokenizer, 1000) if chosen else []
     for case in CASES:
         if case.name not in chosen:
             continue
@@ -99,8 +129,9 @@ def main() -> None:
         results["cases"][case.name] = found
         print(printed(found), flush=True)
         if path is not None:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps(results, indent=1) + "\n", "utf-8")
+            write_json(path, results)
+    if path is not None:
+        write_json(path, results)
     if args.write:
         write_page(results)
 

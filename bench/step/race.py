@@ -19,7 +19,7 @@ from step.cases import Case, read_race, write_case
 from step.trl_grid import TRL_GRID
 
 BENCH = Path(__file__).parents[1]
-ALWAYS = ("matrix", "burnish", "hf-packed")
+ALWAYS = ("matrix", "burnish", "hf-packed", "hf-packed-as-is")
 PEERS = ("hf-padded", "openrlhf", *TRL_GRID)
 
 

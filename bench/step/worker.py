@@ -31,6 +31,7 @@ def main() -> None:
             run = {
                 "burnish": racers.burnish,
                 "hf-packed": racers.hf_packed,
+                "hf-packed-as-is": racers.hf_packed_as_is,
                 "hf-padded": racers.hf_padded,
                 "openrlhf": racers.openrlhf,
                 "matrix": racers.matrix,
