@@ -42,13 +42,13 @@ class ModelConfig(_Section):
     """Run Python code that comes with the model. Needs a pinned revision for hub models."""
     freeze: tuple[str, ...] = ()
     """Parts that are not trained: modules or weights, * for anything ([embed_tokens, layers.0])."""
-
-
-class AdapterConfig(_Section):
     add_tokens: tuple[str, ...] | dict[str, Literal["special", "ordinary"]] = ()
     """Tokens that the tokenizer gets: control tokens, [<|call|>]; or {<|call|>: special, kWh: ordinary}."""
     pad_vocab_multiple: PositiveInt | None = None
     """Embedding and head get rows up to a multiple of this; 64 suits GPUs. Not with an adapter."""
+
+
+class AdapterConfig(_Section):
     """Train a small adapter instead of the whole model."""
 
     kind: Literal["lora", "rslora", "dora", "pissa"] = "lora"
