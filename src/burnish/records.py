@@ -192,6 +192,9 @@ class StepStats:
     peak_memory_bytes: int | None
     example_ids: Sequence[int]
     num_micro_batches: int
+    phase_seconds: Mapping[str, float] = field(default_factory=dict)
+    """Where this rank's time went: `data` (waiting for micro-batches), `forward`, `backward`, `update` and
+    `other`; together `seconds`. Empty where it was not measured."""
 
     @property
     def tokens_per_second(self) -> float:

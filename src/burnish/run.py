@@ -33,6 +33,7 @@ from burnish.records import TrainState
 from burnish.report.run_files import write_run_files
 from burnish.runtime import (
     device_memory_bytes,
+    keep_freed_memory,
     log,
     pick_device,
     quieten_libraries,
@@ -61,6 +62,8 @@ def train(config: Config) -> RunResult:
     ranks = ranks_from_environment()
     device = pick_device(ranks)
     quieten_libraries()
+    if device.type == "cpu":
+        keep_freed_memory()
     run_dir = Path(config.output_dir)
 
     # Data first: it needs no other rank, so nobody waits inside a collective while it is prepared.

@@ -50,7 +50,8 @@ def evaluate_model(config: Config) -> EvalStats:
     from burnish.data.tokenizer import load_tokenizer, vocabulary_of
     from burnish.data.vocabulary import require_rows
     from burnish.data.windows import eval_cuts
-    from burnish.engine.build import build_engine
+    from burnish.engine.build import TORCH_DTYPES
+    from burnish.engine.local import LocalScorer
     from burnish.model.attention import can_isolate
     from burnish.model.forward import SupervisedModel
     from burnish.runtime import Ranks, pick_device
@@ -64,10 +65,11 @@ def evaluate_model(config: Config) -> EvalStats:
     model = _load(config, vocabulary)
     require_rows(tokenizer, _num_rows(model), [store])
     capability = can_isolate(model, config.model.attention, config.data.max_tokens, config.data.packing)
-    engine = build_engine(config, ranks, device, SupervisedModel(model, capability))
+    model = SupervisedModel(model, capability)
+    scorer = LocalScorer(model, device=device, compute_dtype=TORCH_DTYPES[config.model.dtype])
     cuts = eval_cuts(store, config.batch, 1, capability.packed)
     pad: Any = tokenizer.pad_token_id
-    return evaluate(engine, store, cuts, ranks, step=0, packed=capability.packed, pad_token_id=pad or 0)
+    return evaluate(scorer, store, cuts, ranks, step=0, packed=capability.packed, pad_token_id=pad or 0)
 
 
 def _num_rows(model: Any) -> int:

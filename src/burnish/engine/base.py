@@ -24,20 +24,31 @@ class StepResult:
 
     `grad_norm` is the global L2 norm before clipping, or None where the engine cannot tell.
     `applied` is False when a gradient was not finite on any rank: then no rank applied the step
-    and no weight or optimizer state changed.
+    and no weight or optimizer state changed. `forward_seconds` and `backward_seconds` are those of all
+    micro-batches since the last step on this rank, None where they were not measured.
     """
 
     grad_norm: float | None
     applied: bool
+    forward_seconds: float | None = None
+    backward_seconds: float | None = None
 
 
-class Engine(ABC):
-    """One rank's hold on the training of one model."""
+class Scorer(ABC):
+    """What evaluation needs: a model that scores micro-batches. No optimizer."""
 
     @property
     @abstractmethod
     def device(self) -> torch.device:
         """Where this rank computes."""
+
+    @abstractmethod
+    def evaluate(self, micro_batch: MicroBatch) -> Float[torch.Tensor, " documents"]:
+        """`sum(weight * nll)` of each document, in evaluation mode, without gradients."""
+
+
+class Engine(Scorer):
+    """One rank's hold on the training of one model."""
 
     @abstractmethod
     def forward_backward(self, micro_batch: MicroBatch, total_weight: float) -> Float[torch.Tensor, ""]:
@@ -55,10 +66,6 @@ class Engine(ABC):
     @abstractmethod
     def step(self, lr: float) -> StepResult:
         """Clip and apply the gradients added since the last step, on all ranks or on none."""
-
-    @abstractmethod
-    def evaluate(self, micro_batch: MicroBatch) -> Float[torch.Tensor, " documents"]:
-        """`sum(weight * nll)` of each document, in evaluation mode, without gradients."""
 
     @abstractmethod
     def save_state(self, folder: Path) -> Sequence[Path]:

@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import shutil
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, final
 
@@ -39,6 +40,7 @@ from burnish.engine.ds_workarounds import (
 from burnish.engine.gradients import finite_on_all_ranks, global_grad_norm
 from burnish.engine.muon import MuonAdamW
 from burnish.engine.optimizer import build_optimizer, set_learning_rate
+from burnish.engine.phases import PhaseClock
 from burnish.engine.state_files import exported_weights, refuse_empty
 from burnish.errors import CheckpointError, ConfigError, MachineError, Problem
 from burnish.model.forward import SupervisedModel, to_device
@@ -102,6 +104,7 @@ class DeepSpeedEngine(Engine):
         prepare_deepspeed(ranks, device)
         self._ranks = ranks
         self._device = device
+        self._clock = PhaseClock(device)
         self._stage = config.engine.zero_stage
         self._adapter_only = config.adapter is not None
         self._optimizer_name = config.optim.name
@@ -137,15 +140,22 @@ class DeepSpeedEngine(Engine):
 
     def forward_backward(self, micro_batch: MicroBatch, total_weight: float) -> Float[torch.Tensor, ""]:
         """See `Engine.forward_backward`."""
-        nll_sum = self._engine(to_device(micro_batch, self._device))
-        self._engine.backward(nll_sum / total_weight * self._ranks.world_size, scale_wrt_gas=False)
+        with self._clock.phase("forward"):
+            nll_sum = self._engine(to_device(micro_batch, self._device))
+        with self._clock.phase("backward"):
+            self._engine.backward(nll_sum / total_weight * self._ranks.world_size, scale_wrt_gas=False)
         return nll_sum.detach()
 
     def step(self, lr: float) -> StepResult:
         """See `Engine.step`."""
         set_learning_rate(self._optimizer, lr)
-        if self._looks_itself:
-            return self._step_after_looking()
+        result = self._step_after_looking() if self._looks_itself else self._step_of_deepspeed()
+        seconds = self._clock.take()
+        return replace(
+            result, forward_seconds=seconds.get("forward"), backward_seconds=seconds.get("backward")
+        )
+
+    def _step_of_deepspeed(self) -> StepResult:
         self._engine.step()
         norm = self._engine.get_global_grad_norm()
         return StepResult(

@@ -64,7 +64,7 @@ def global_grad_norm(parameters: Sequence[nn.Parameter]) -> Float[torch.Tensor, 
     """L2 norm over all gradients together, given in fp32.
 
     torch adds up a norm in the tensor's own dtype; on a CPU that loses 1e-4 of the norm of an embedding
-    of two million weights, and another way of cutting the tensor (ZeRO's) loses another part. So rows of a few
+    of two million weights, and another cut of the tensor (ZeRO's) loses another part. So rows of a few
     thousand numbers are summed in fp32 and the rows' norms in fp64: as exact as all in fp64, without
     turning every gradient into fp64, which costs 2 % of a step on a CPU.
     """

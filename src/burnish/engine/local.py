@@ -18,9 +18,10 @@ import torch
 from jaxtyping import Float
 
 from burnish.config.schema import OptimConfig
-from burnish.engine.base import Engine, StepResult
+from burnish.engine.base import Engine, Scorer, StepResult
 from burnish.engine.gradients import clip_gradients, finite_on_all_ranks, global_grad_norm, sum_gradients
 from burnish.engine.optimizer import build_optimizer, set_learning_rate
+from burnish.engine.phases import PhaseClock
 from burnish.engine.state_files import (
     copy_exactly,
     exported_weights,
@@ -42,6 +43,44 @@ SCALER_FILE = "scaler.json"
 FIRST_LOSS_SCALE = 2.0**12
 """fp16 starts here instead of at torch's 2^16, which overflows in the first steps of most language
 models: a skipped step is an event of its own and should mean something."""
+
+
+def _autocast(device: torch.device, compute_dtype: torch.dtype) -> contextlib.AbstractContextManager[object]:
+    if compute_dtype == torch.float32:
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, dtype=compute_dtype)
+
+
+@final
+class LocalScorer(Scorer):
+    """Evaluation in one process, with nothing to train.
+
+    Args:
+        model: Model and loss; moved to `device`.
+        device: Where to compute.
+        compute_dtype: What the forward runs in (fp32 means no autocast).
+    """
+
+    def __init__(self, model: SupervisedModel, *, device: torch.device, compute_dtype: torch.dtype) -> None:
+        self._model = model.to(device)
+        self._device = device
+        self._compute_dtype = compute_dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where it computes."""
+        return self._device
+
+    @torch.no_grad()
+    def evaluate(self, micro_batch: MicroBatch) -> Float[torch.Tensor, " documents"]:
+        """See `Scorer.evaluate`."""
+        was_training = self._model.training
+        self._model.eval()
+        try:
+            with _autocast(self._device, self._compute_dtype):
+                return self._model(to_device(micro_batch, self._device), per_document=True).float()
+        finally:
+            self._model.train(was_training)
 
 
 @final
@@ -78,6 +117,8 @@ class LocalEngine(Engine):
         self._compute_dtype = compute_dtype
         self._adapter_only = adapter_only
         self._max_grad_norm = optim.max_grad_norm
+        self._scorer = LocalScorer(self._model, device=device, compute_dtype=compute_dtype)
+        self._clock = PhaseClock(device)
         self._optimizer = build_optimizer(self._model, optim)
         self._parameters = [p for p in self._model.parameters() if p.requires_grad]
         # Disabled, a scaler multiplies by nothing and skips nothing: one path for every dtype.
@@ -94,9 +135,10 @@ class LocalEngine(Engine):
 
     def forward_backward(self, micro_batch: MicroBatch, total_weight: float) -> Float[torch.Tensor, ""]:
         """See `Engine.forward_backward`."""
-        with self._autocast():
+        with self._clock.phase("forward"), _autocast(self._device, self._compute_dtype):
             nll_sum = self._model(to_device(micro_batch, self._device))
-        self._scaler.scale(nll_sum / total_weight).backward()
+        with self._clock.phase("backward"):
+            self._scaler.scale(nll_sum / total_weight).backward()
         return nll_sum.detach()
 
     def step(self, lr: float) -> StepResult:
@@ -111,17 +153,12 @@ class LocalEngine(Engine):
             self._scaler.step(self._optimizer)
         self._scaler.update()
         self._optimizer.zero_grad(set_to_none=True)
-        return StepResult(grad_norm=norm.item(), applied=applied)
+        seconds = self._clock.take()
+        return StepResult(norm.item(), applied, seconds.get("forward"), seconds.get("backward"))
 
-    @torch.no_grad()
     def evaluate(self, micro_batch: MicroBatch) -> Float[torch.Tensor, " documents"]:
-        """See `Engine.evaluate`."""
-        self._model.eval()
-        try:
-            with self._autocast():
-                return self._model(to_device(micro_batch, self._device), per_document=True).float()
-        finally:
-            self._model.train()
+        """See `Scorer.evaluate`."""
+        return self._scorer.evaluate(micro_batch)
 
     def save_state(self, folder: Path) -> Sequence[Path]:
         """Write safetensors from rank 0: every rank holds the same state."""
@@ -144,11 +181,6 @@ class LocalEngine(Engine):
         if not self._ranks.is_main:
             return None
         return exported_weights(self._model.model, self._adapter_only)
-
-    def _autocast(self) -> contextlib.AbstractContextManager[object]:
-        if self._compute_dtype == torch.float32:
-            return contextlib.nullcontext()
-        return torch.autocast(self._device.type, dtype=self._compute_dtype)
 
     @torch.no_grad()
     def _share_weights(self) -> None:

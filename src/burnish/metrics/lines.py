@@ -29,6 +29,7 @@ def train_line(stats: StepStats) -> dict[str, Any]:
         "tokens_per_second": stats.tokens_per_second,
         "peak_memory_bytes": stats.peak_memory_bytes,
         "seconds": stats.seconds,
+        "phase_seconds": dict(stats.phase_seconds),
     }
 
 

@@ -8,6 +8,7 @@ logits in memory. The idea is that of Cut Cross-Entropy and Liger's fused linear
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +19,7 @@ from torch.autograd.function import once_differentiable
 from burnish.model.objective import PLAIN, Objective
 
 MIN_CHUNK_ROWS = 1024
-"""Rows of logits per matrix product: smaller ones run below the matrix rate."""
+"""Rows of logits per matrix product, about: smaller ones run below the matrix rate."""
 BLOCK_BYTES_CPU = 4 * 2**20
 BLOCK_BYTES_CUDA = 256 * 2**20
 """fp32 logits worked on at once, inside a chunk: what stays in a CPU's cache, or fills a GPU."""
@@ -148,6 +149,13 @@ class _Work:
         return block, slope
 
 
+def _chunk_rows(num_targets: int) -> int:
+    """Rows of a chunk: about MIN_CHUNK_ROWS, a quarter more at most, and no small rest at the end, which
+    would cost a pass over the whole head's gradient for a few rows."""
+    num_chunks = max(1, math.ceil(num_targets / MIN_CHUNK_ROWS - 0.25))
+    return max(1, math.ceil(num_targets / num_chunks))
+
+
 def _add(total: torch.Tensor, part: torch.Tensor, first: bool) -> None:
     """`total += part`, without reading what the first part overwrites."""
     if first:
@@ -180,8 +188,9 @@ class _SupervisedLoss(torch.autograd.Function):
         with torch.autocast(hidden.device.type, enabled=False):
             # Weighted here and not in the logits' gradient, which is as wide as the vocabulary.
             weighted = work.hidden * weights[:, None].to(work.hidden.dtype)
-            for begin in range(0, num_targets, MIN_CHUNK_ROWS):
-                rows = slice(begin, begin + MIN_CHUNK_ROWS)
+            chunk_rows = _chunk_rows(num_targets)
+            for begin in range(0, num_targets, chunk_rows):
+                rows = slice(begin, begin + chunk_rows)
                 gradient = work.nll_and_gradient(work.hidden[rows], targets[rows], nll[rows], wanted)
                 if d_hidden is not None:
                     d_hidden[rows] = (gradient @ work.weight).mul_(weights[rows, None])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
@@ -105,6 +106,9 @@ def _facts(train: Sequence[Mapping[str, Any]], evals: Sequence[Mapping[str, Any]
         peaks = [line["peak_memory_bytes"] for line in train if line["peak_memory_bytes"]]
         if peaks:
             facts.append(("peak memory", f"{max(peaks) / 2**30:.2f} GiB"))
+        split = _time_split(train)
+        if split:
+            facts.append(("time of the steps", split))
         skipped = sum(not line.get("applied", True) for line in train)
         if skipped:
             facts.append(("skipped steps", f"{skipped:,}"))
@@ -114,6 +118,15 @@ def _facts(train: Sequence[Mapping[str, Any]], evals: Sequence[Mapping[str, Any]
         facts += [("evaluation loss, last", f"{evals[-1]['loss']:.4f}")]
         facts += [("evaluation loss, best", f"{best['loss']:.4f} at step {best['step']:,}")]
     return facts
+
+
+def _time_split(train: Sequence[Mapping[str, Any]]) -> str:
+    """Where the steps' time went on rank 0; empty where it was not measured."""
+    seconds: Counter[str] = Counter()
+    for line in train:
+        seconds.update(line.get("phase_seconds") or {})
+    whole = seconds.total()
+    return ", ".join(f"{name} {part / whole:.1%}" for name, part in seconds.items()) if whole else ""
 
 
 def _charts(train: Sequence[Mapping[str, Any]], evals: Sequence[Mapping[str, Any]]) -> list[Chart]:

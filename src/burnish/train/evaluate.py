@@ -12,7 +12,7 @@ from jaxtyping import Int64
 
 from burnish.data.collate import collate
 from burnish.data.store import ExampleStore
-from burnish.engine.base import Engine
+from burnish.engine.base import Scorer
 from burnish.records import EvalStats
 from burnish.runtime import Ranks, sum_over_ranks
 
@@ -21,7 +21,7 @@ Cuts = Sequence[Sequence[Int64[np.ndarray, " _"]]]
 
 
 def evaluate(
-    engine: Engine,
+    engine: Scorer,
     store: ExampleStore,
     cuts: Cuts,
     ranks: Ranks,

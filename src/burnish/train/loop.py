@@ -18,7 +18,7 @@ from burnish.config.schema import Config
 from burnish.data.collate import collate
 from burnish.data.store import ExampleStore
 from burnish.data.windows import WindowPlan
-from burnish.engine.base import Engine
+from burnish.engine.base import Engine, StepResult
 from burnish.engine.watched import WatchedEngine
 from burnish.errors import InterruptedRunError, Problem, TrainingStoppedError
 from burnish.plan import learning_rate
@@ -128,13 +128,19 @@ def train_step(
     """
     started = time.perf_counter()
     sums = torch.zeros(2, dtype=torch.float64, device=engine.device)
+    data_seconds = 0.0
     for example_ids in window.cuts[ranks.rank]:
+        asked = time.perf_counter()
         examples = [feed.store[int(i)] for i in example_ids]
         micro_batch = collate(examples, example_ids, feed.packed, feed.pad_token_id)
+        data_seconds += time.perf_counter() - asked
         sums[0] += engine.forward_backward(micro_batch, window.total_weight)
+    asked = time.perf_counter()
     result = engine.step(lr)
+    update_seconds = time.perf_counter() - asked
     sums[1] = float(stop_asked)
     nll_sum, num_asked = sum_over_ranks(sums, ranks).tolist()
+    seconds = time.perf_counter() - started
     stats = StepStats(
         step=window.step,
         epoch=float(window.epoch),
@@ -145,12 +151,27 @@ def train_step(
         num_examples=len(window.example_ids),
         num_tokens=window.num_tokens,
         num_supervised_tokens=window.num_supervised_tokens,
-        seconds=time.perf_counter() - started,
+        seconds=seconds,
         peak_memory_bytes=peak_memory_bytes(engine.device),
         example_ids=tuple(int(i) for i in window.example_ids),
         num_micro_batches=len(window.cuts[ranks.rank]),
+        phase_seconds=_phase_seconds(result, data_seconds, update_seconds, seconds, engine.device),
     )
     return stats, num_asked > 0
+
+
+def _phase_seconds(
+    result: StepResult, data: float, update: float, seconds: float, device: torch.device
+) -> dict[str, float]:
+    """Where the time of a step went, see `StepStats.phase_seconds`."""
+    if result.forward_seconds is None or result.backward_seconds is None:
+        return {}
+    named = {"data": data, "forward": result.forward_seconds, "backward": result.backward_seconds}
+    if device.type == "cuda":
+        # The host waits in `step` for what it queued before, so its own clock says nothing of the update.
+        return {**named, "update": max(0.0, seconds - sum(named.values())), "other": 0.0}
+    named["update"] = update
+    return {**named, "other": seconds - sum(named.values())}
 
 
 def _one_step(
