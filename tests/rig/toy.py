@@ -106,3 +106,4 @@ def toy_model(config: Config, dtype: torch.dtype, tied: bool = False) -> Supervi
         freeze=config.model.freeze,
     )
     return SupervisedModel(adapted, capability, Objective.of(config.train))
+        mlp_tile_tokens=config.model.mlp_tile_tokens,

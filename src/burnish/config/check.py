@@ -49,9 +49,9 @@ def _check_model(config: Config) -> Iterator[Problem]:
     if model.trust_remote_code and model.revision is None and not folder.is_dir():
         cure = "Pin the commit that you have read: model.revision: COMMIT."
         yield Problem("model.trust_remote_code", "is true for a hub model without model.revision", cure)
-    if model.activation_checkpointing == "light":
-        cure = "Use none, or full where memory is short; auto follows the memory plan."
-        yield Problem("model.activation_checkpointing", "light is not built yet", cure)
+    if model.mlp_tile_tokens is not None and config.train.router_aux_loss != 0:
+        what = "does not go with train.router_aux_loss: a router's balance is that of all tokens together"
+        yield Problem("model.mlp_tile_tokens", what, "Leave one of them out.")
     if any(not token.strip() for token in model.add_tokens):
         yield Problem("model.add_tokens", "holds an empty token", "Take it out.")
     if config.adapter is not None and model.pad_vocab_multiple is not None:

@@ -36,8 +36,11 @@ class ModelConfig(_Section):
         "auto", "varlen", "flash_attention_2", "flash_attention_3", "flex", "sdpa", "eager"
     ] = "auto"
     """Attention kernel; auto picks the fastest that keeps packed documents apart."""
-    activation_checkpointing: Literal["none", "light", "full", "auto"] = "none"
-    """What the backward computes again to save memory; auto follows the memory plan."""
+    activation_checkpointing: Literal["none", "light", "full", "offload", "auto"] = "none"
+    """What the backward computes again to save memory: light all but products, full whole layers, offload
+    full with their inputs in the host's memory; auto follows the memory plan."""
+    mlp_tile_tokens: PositiveInt | None = None
+    """Compute MLPs so many tokens at a time, and again in the backward: for long documents. null whole."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model. Needs a pinned revision for hub models."""
     freeze: tuple[str, ...] = ()

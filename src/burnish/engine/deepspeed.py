@@ -56,6 +56,7 @@ MODEL_PREFIX = "model."
 def prepare_deepspeed(ranks: Ranks, device: torch.device) -> None:
     """What has to be said to DeepSpeed before it is used; calling it again does nothing new."""
     quieten(deepspeed_logger)
+from burnish.model.tiling import tiled_modules
     if device.type == "cpu":
         skip_shm_compile(deepspeed.ops.__compatible_ops__)
     announce_ranks(ranks)
@@ -155,6 +156,8 @@ class DeepSpeedEngine(Engine):
             result, forward_seconds=seconds.get("forward"), backward_seconds=seconds.get("backward")
         )
 
+            for module in tiled_modules(model):  # gathered once, however many tiles a rank has
+                deepspeed.utils.set_z3_leaf_module(module, True)
     def _step_of_deepspeed(self) -> StepResult:
         self._engine.step()
         norm = self._engine.get_global_grad_norm()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Sequence
-from typing import Literal
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -14,17 +13,19 @@ from transformers import PreTrainedModel
 from burnish.config.patterns import names_part
 from burnish.config.schema import AdapterConfig
 from burnish.errors import ConfigError, Problem
+from burnish.model.reach import not_called, tell_unreached, unreached_weights
+from burnish.model.recompute import Level, Region, recompute_layers
+from burnish.model.tiling import tile_layers
 from burnish.model.vision import has_vision, language_linears
-
-Checkpointing = Literal["none", "light", "full", "auto"]
 
 
 def adapt(
     model: PreTrainedModel,
     adapter: AdapterConfig | None,
-    activation_checkpointing: Checkpointing,
+    activation_checkpointing: Level,
     seed: int = 0,
     freeze: Sequence[str] = (),
+    mlp_tile_tokens: int | None = None,
 ) -> PreTrainedModel | PeftModel:
     """Make a loaded model trainable as the config says.
 
@@ -32,34 +33,29 @@ def adapt(
         model: The base model.
         adapter: None trains every weight; otherwise the base is frozen and adapter weights, in fp32,
             are trained.
-        activation_checkpointing: `none`, or `full`: every layer keeps its input and is computed again
-            in the backward. (`auto` is decided by the caller.)
+        activation_checkpointing: What the backward computes again (see `recompute.py`); `auto` is
+            resolved before, from the memory plan.
         seed: Of fresh adapter weights: the same on every rank and under every engine.
         freeze: Parts that are not trained, of the model or of its adapter (see `config/patterns.py`).
+        mlp_tile_tokens: Compute MLPs so many tokens at a time (see `tiling.py`); None whole.
 
     Raises:
         ConfigError: Target modules or parts to freeze that do not exist, nothing left to train, or a level
-            of checkpointing that this model cannot do.
+            of checkpointing or tiles that this model cannot do.
     """
-    if activation_checkpointing == "light":
-        raise ConfigError(
-            Problem(
-                "model.activation_checkpointing",
-                "light is not built yet",
-                "Use none, or full where memory is short.",
-            )
-        )
-    if activation_checkpointing == "full":
-        _checkpoint_layers(model)
+    tiles = Region()
+    if mlp_tile_tokens is not None:
+        tile_layers(model, mlp_tile_tokens, tiles)
+    recompute_layers(model, activation_checkpointing, tiles)
     if adapter is None:
         _freeze(model, freeze)
         return model
-    if activation_checkpointing == "full":
+    if activation_checkpointing != "none":
         # The frozen embeddings' output needs no gradient; a recomputed layer wants an input that does.
         model.enable_input_require_grads()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        adapted = get_peft_model(model, _lora_config(model, adapter), autocast_adapter_dtype=False)
+        adapted = _adapted(model, adapter)
     assert isinstance(adapted, PeftModel)
     for parameter in adapted.parameters():
         if parameter.requires_grad:
@@ -87,38 +83,60 @@ def _freeze(model: nn.Module, patterns: Sequence[str]) -> None:
         raise ConfigError(*problems)
 
 
-def _checkpoint_layers(model: PreTrainedModel) -> None:
-    if not model.supports_gradient_checkpointing:
-        raise ConfigError(
-            Problem(
-                "model.activation_checkpointing",
-                f"{type(model).__name__} cannot compute its layers again",
-                "Set it to none.",
-            )
-        )
-    # Non-reentrant: the only kind that works with frozen inputs and keyword arguments.
-    model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+def _adapted(model: PreTrainedModel, adapter: AdapterConfig) -> nn.Module:
+    config = _lora_config(model, adapter)
+    if isinstance(adapter.targets, str):
+        tell_unreached(model)
+    try:
+        return get_peft_model(model, config, autocast_adapter_dtype=False)
+    except ValueError as error:  # what peft knows not to work, such as convolutions of Mamba layers
+        what = f"cannot all be given an adapter: {error}"
+        raise ConfigError(Problem("adapter.targets", what, "Name other layers, or all-linear.")) from error
 
 
 def _lora_config(model: PreTrainedModel, adapter: AdapterConfig) -> LoraConfig:
-    targets = _targets(model, adapter.targets)
+    weights = _target_weights(model, adapter)
+    excluded = not_called(model) if isinstance(adapter.targets, str) else []
     return LoraConfig(
         task_type="CAUSAL_LM",
         r=adapter.rank,
         lora_alpha=adapter.alpha,  # pyright: ignore[reportArgumentType]
         lora_dropout=adapter.dropout,
-        target_modules=targets,
+        target_modules=_targets(model, adapter.targets, weights),
+        target_parameters=weights or None,
+        exclude_modules=excluded or None,
         use_rslora=adapter.kind == "rslora",
         use_dora=adapter.kind == "dora",
         init_lora_weights="pissa" if adapter.kind == "pissa" else True,
     )
 
 
-def _targets(model: PreTrainedModel, targets: str | tuple[str, ...]) -> str | list[str]:
-    """Target modules for peft, every name checked against the model."""
+def _target_weights(model: PreTrainedModel, adapter: AdapterConfig) -> list[str]:
+    """Those targets that are no modules but weights outside of linear layers, such as fused experts."""
+    if isinstance(adapter.targets, str):
+        return []
+    there = [f".{name}" for name in unreached_weights(model)]
+    weights = [target for target in adapter.targets if any(name.endswith(f".{target}") for name in there)]
+    problems = []
+    if weights and adapter.dropout:
+        what = f"is {adapter.dropout}, which an adapter on {weights[0]} cannot have"
+        problems.append(Problem("adapter.dropout", what, "Set it to 0."))
+    if weights and adapter.kind not in ("lora", "rslora"):
+        what = f"is {adapter.kind}, which an adapter on {weights[0]} cannot be"
+        problems.append(Problem("adapter.kind", what, "Set it to lora or rslora."))
+    if problems:
+        raise ConfigError(*problems)
+    return weights
+
+
+def _targets(
+    model: PreTrainedModel, targets: str | tuple[str, ...], weights: Sequence[str]
+) -> str | list[str]:
+    """Target modules for peft, every name checked against the model; `weights` are targets that are none."""
     if isinstance(targets, str):
         # peft's all-linear: every linear layer but the output embeddings, of a vision part too.
         return language_linears(model) if has_vision(model) else targets
+    targets = tuple(target for target in targets if target not in weights)
     names = [name for name, _ in model.named_modules() if name]
     known = set(names) | {name.rsplit(".", 1)[-1] for name in names}
     problems = []
