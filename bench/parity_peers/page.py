@@ -13,15 +13,14 @@ _WIDTH = 96
 def write_page(page: Path, result: Mapping[str, Any]) -> None:
     """Fill in every block of the page that the result has something for.
 
-    A block stands between `<!-- made: NAME -->` and `<!-- end -->`.
-
-    Raises:
-        KeyError: The page has a block that nothing is made for.
+    A block stands between `<!-- made: NAME -->` and `<!-- end -->`; others stay as they are.
     """
     blocks = make_blocks(result)
     text = page.read_text("utf-8")
 
     def fill(match: re.Match[str]) -> str:
+        if match[1] not in blocks:
+            return match[0]
         return f"<!-- made: {match[1]} -->\n\n{blocks[match[1]]}\n\n<!-- end -->"
 
     page.write_text(re.sub(r"<!-- made: (\S+) -->.*?<!-- end -->", fill, text, flags=re.DOTALL), "utf-8")
@@ -32,7 +31,8 @@ def make_blocks(result: Mapping[str, Any]) -> dict[str, str]:
     blocks = {f"tokens-{example['key']}": _views(example["views"]) for example in result["examples"]}
     blocks["curves"] = _curves(result)
     blocks["versions"] = _versions(result)
-    blocks["overrides"] = "\n".join(f"- **{part}**: {what}" for part, what in result["overrides"].items())
+    if result["overrides"]:
+        blocks["overrides"] = "\n".join(f"- **{part}**: {what}" for part, what in result["overrides"].items())
     blocks["evaluation"] = _evaluation(result["evaluation"])
     blocks["rates"] = _rates(result["first_rates"])
     if result["windows"]:
@@ -54,10 +54,11 @@ def _curves(result: Mapping[str, Any]) -> str:
         curve = f"{c['first_loss']:.3f} to {c['last_loss']:.3f}"
         lines.append(f"| {c['peer']} | {how} | {rows} | {curve} | {gap} | {c['weights_apart']:.1e} |")
     lines += ["", _data_line(result)]
-    lines.append(
-        f"That the comparison can fail: ours with betas of 0.9 and 0.99 instead of 0.9 and 0.95 is "
-        f"{result['control_difference']:.1e} off."
-    )
+    if result["control_difference"] is not None:
+        lines.append(
+            f"That the comparison can fail: ours with betas of 0.9 and 0.99 instead of 0.9 and 0.95 is "
+            f"{result['control_difference']:.1e} off."
+        )
     return "\n".join(lines)
 
 
