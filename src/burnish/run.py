@@ -85,9 +85,10 @@ def train(config: Config) -> RunResult:
     )
     recompute, freeze = config.model.activation_checkpointing, config.model.freeze
     tile = config.model.mlp_tile_tokens
-    model = adapt(
-        model, config.adapter, recompute, seed=config.train.seed, freeze=freeze, mlp_tile_tokens=tile
-    )
+    with model_init_context(config, ranks, device):  # DoRA and PiSSA read weights: ZeRO-3 has to gather them
+        model = adapt(
+            model, config.adapter, recompute, seed=config.train.seed, freeze=freeze, mlp_tile_tokens=tile
+        )
     train_tokens(model, shape.new_tokens)
     capability = can_isolate(model, config.model.attention, config.data.max_tokens, config.data.packing)
     sharing = config.engine.sequence_parallel

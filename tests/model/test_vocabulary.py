@@ -162,6 +162,15 @@ def test_a_head_with_a_bias_is_refused_beside_an_adapter(tmp_path):
         train_tokens(model, (97,))
 
 
+@pytest.mark.parametrize(("target", "where"), [("embed_tokens", "targets"), ("lm_head", "linear head")])
+def test_an_adapter_on_the_grown_layer_itself_is_refused(tmp_path, target, where):
+    saved(tmp_path, "llama")
+    lora = LORA.model_copy(update={"targets": ("q_proj", target)})
+    model = adapt(load(tmp_path, Vocabulary(named=frozenset({97}))), lora, "none")
+    with pytest.raises(ConfigError, match=where):
+        train_tokens(model, (97,))
+
+
 def test_nothing_changes_without_new_tokens(tmp_path):
     saved(tmp_path, "llama")
     model = adapt(load(tmp_path, None), LORA, "none")
@@ -169,3 +178,24 @@ def test_nothing_changes_without_new_tokens(tmp_path):
     train_tokens(model, ())
     assert model.get_input_embeddings() is before
     assert token_rows(model, {}) == ({}, {})
+
+
+def test_new_rows_on_a_base_in_4_bits(tmp_path):
+    pytest.importorskip("bitsandbytes")
+    saved(tmp_path, "llama")
+    model = load_model(
+        ModelConfig(path=str(tmp_path), dtype="fp32"),
+        seed=1,
+        init_context=None,
+        param_dtype=torch.float32,
+        quantize="nf4",
+        vocabulary=Vocabulary(named=frozenset({97}), new=frozenset({97})),
+    )
+    model = adapt(model, LORA, "none")
+    train_tokens(model, (97,))
+    capability = can_isolate(model)
+    assert capability.fused_head
+    batch = to_device(collate(documents_with(97), capability.packed), CPU)
+    SupervisedModel(model, capability)(batch).backward()
+    rows = [p for n, p in model.named_parameters() if ".new.weight" in n]
+    assert len(rows) == 2 and all(p.grad is not None and p.grad.abs().sum() > 0 for p in rows)

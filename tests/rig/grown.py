@@ -35,7 +35,7 @@ NEW_TOKENS = (VOCABULARY, VOCABULARY + 1)
 
 
 def grown(case: Mapping[str, Any], ranks: Ranks, output_dir: Path) -> dict[str, Any]:
-    """A Llama that gets two tokens, which the data uses; with `stop` the run ends there and is resumed."""
+    """A Llama that gets two tokens, which the data uses; with `resume_at` it goes on again from there."""
     base = toy_llama(tied=case.get("tied", False))
     vocabulary = Vocabulary(frozenset(NEW_TOKENS), frozenset(NEW_TOKENS), case.get("multiple"))
     return _run(case, ranks, output_dir, base, vocabulary)
@@ -67,10 +67,10 @@ def _run(
         (folder / "preprocessor_config.json").write_text('{"made": "up"}')
     barrier(ranks)
     settings = {**case["settings"], "model.path": str(folder), "model.init": "pretrained"}
-    if "stop" in case:
-        stopped = {**settings, "train.max_steps": case["stop"], "checkpoint.every_steps": case["stop"]}
-        train(_job(stopped, ranks, output_dir, vocabulary)[0])
-        settings["checkpoint.resume"] = "must"
+    if "resume_at" in case:
+        step = case["resume_at"]
+        train(_job({**settings, "checkpoint.every_steps": step}, ranks, output_dir, vocabulary)[0])
+        settings["checkpoint.resume"] = str(output_dir / f"checkpoints/step-{step:08d}")
     job, exporter = _job(settings, ranks, output_dir, vocabulary)
     state = train(job)
     exporter.export(output_dir / "final", state)

@@ -47,16 +47,16 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def alone(folder: Path) -> dict[str, Any]:
-    """The reference: one process, plain PyTorch; and the same stopped after 3 steps and resumed."""
+    """The reference: one process, plain PyTorch; and the same gone on with from step 3."""
     cases = {trained: _case(trained, LOCAL) for trained in TRAINED}
-    cases["resumed"] = _case("tiedlora", LOCAL, stop=3)
+    cases["resumed"] = _case("tiedlora", LOCAL, resume_at=3)
     return run_cases(cases, folder / "1", 1)
 
 
 @pytest.fixture(scope="module")
 def two(folder: Path) -> dict[str, Any]:
     cases = {f"{trained}-{stage}": _case(trained, STAGES[stage]) for trained, stage in ON_TWO}
-    cases["resumed"] = _case("lora", STAGES["zero3"], stop=3)
+    cases["resumed"] = _case("lora", STAGES["zero3"], resume_at=3)
     return run_cases(cases, folder / "2", 2)
 
 

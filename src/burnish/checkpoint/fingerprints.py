@@ -30,6 +30,7 @@ def fingerprints(config: Config, vocabulary: str, template: str | None, data_has
         "model.path": config.model.path,
         "model.revision": config.model.revision,
         "model.freeze": sorted(config.model.freeze),
+        "model.pad_vocab_multiple": config.model.pad_vocab_multiple,
         "adapter": None if config.adapter is None else config.adapter.model_dump(),
         "data": data_hash,
         "data.mix": sources,

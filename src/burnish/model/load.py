@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.integrations import is_deepspeed_zero3_enabled
 
 from burnish.config.schema import ModelConfig
 from burnish.errors import ConfigError, MachineError, Problem
@@ -66,6 +67,8 @@ def load_model(
         _check_weight_files(model.path)
         with init_context or nullcontext():
             built = _pretrained(model, config, param_dtype, quantize)
+            if is_deepspeed_zero3_enabled():
+                _forget_renamings(built)
             grow(built, vocabulary)
     freeze_vision(built)
     return built
@@ -189,6 +192,17 @@ def _pretrained(
     built, report = loaded
     _check_report(model.path, report)
     return built
+
+
+def _forget_renamings(model: Any) -> None:
+    """Let a model that was loaded under ZeRO-3 be saved under its class's own names.
+
+    Works around transformers 5.23 (`integrations/deepspeed.py`, `_load_state_dict_into_zero3_model`), which
+    notes every renaming that a class knows as used in loading, and applies them all backwards in saving: a
+    vision-language model comes out as `model.model.layers`, which loads nowhere. `core_model_loading.py`
+    notes those that were used; to be removed once the other does.
+    """
+    model._weight_conversions = None
 
 
 def _nf4(compute_dtype: torch.dtype) -> Any:

@@ -24,6 +24,9 @@ from burnish.model.anatomy import causal_model
 from burnish.model.grown import GrownEmbedding, GrownHead
 from burnish.records import Vocabulary
 
+_CHUNK_ROWS = 4096
+"""Of a matrix, that are summed in fp64 at a time."""
+
 
 def grow(model: PreTrainedModel, vocabulary: Vocabulary) -> None:
     """Give embedding and head the rows that the tokenizer asks for; a tied head stays tied.
@@ -64,8 +67,9 @@ def _linear_head(model: PreTrainedModel) -> nn.Linear | None:
     head = model.get_output_embeddings()
     if head is None or isinstance(head, nn.Linear):
         return head
-    what = f"{type(model).__name__}'s head is a {type(head).__name__}, which cannot be given more rows"
-    raise ConfigError(Problem("model.add_tokens", what, "Leave it out for this model."))
+    what = f"needs a linear head, but {type(model).__name__} has a {type(head).__name__}"
+    cure = "Leave it out, or the head out of adapter.targets."
+    raise ConfigError(Problem("model.add_tokens", what, cure))
 
 
 @torch.no_grad()
@@ -76,11 +80,12 @@ def _grown(weight: torch.Tensor, unknown: torch.Tensor) -> nn.Parameter:
     """
     with gather_params_ctx([weight], modifier_rank=None):
         before = weight.shape[0]
-        known = weight[~unknown[:before].to(weight.device)]
-        mean = known.double().mean(0).to(weight.dtype)
+        unknown = unknown.to(weight.device)
+        parts = zip(weight.split(_CHUNK_ROWS), unknown[:before].split(_CHUNK_ROWS), strict=True)
+        sums = torch.stack([rows[~skipped].double().sum(0) for rows, skipped in parts])
         grown = weight.new_empty(len(unknown), *weight.shape[1:])
         grown[:before] = weight
-        grown[unknown.to(weight.device)] = mean
+        grown[unknown] = (sums.sum(0) / (~unknown).sum()).to(weight.dtype)
     return nn.Parameter(grown, requires_grad=weight.requires_grad)
 
 
@@ -92,12 +97,16 @@ def train_tokens(model: nn.Module, tokens: Sequence[int]) -> None:
         tokens: As `Vocabulary.fresh` gives them; there may be none.
 
     Raises:
-        ConfigError: The head has a bias, which peft would leave out where the adapter is loaded.
+        ConfigError: The head has a bias, which peft would leave out where the adapter is loaded. Or the
+            adapter is on the embedding or the head itself.
     """
     if not isinstance(model, PeftModel) or not tokens:
         return
     causal = causal_model(model)
     embedding: Any = causal.get_input_embeddings()
+    if not isinstance(embedding, nn.Embedding):
+        what = "names the embedding, whose new rows are trained whole (model.add_tokens)"
+        raise ConfigError(Problem("adapter.targets", what, "Leave it out of the targets."))
     head = _linear_head(causal)
     if head is not None and head.bias is not None:
         what = f"{type(causal).__name__}'s head has a bias, which peft leaves out for tokens of an adapter"
