@@ -28,7 +28,7 @@ from burnish.model.forward import SupervisedModel
 from burnish.model.load import load_model, load_model_config
 from burnish.model.objective import Objective
 from burnish.model.vocabulary import train_tokens
-from burnish.plan import ModelShape, make_plan, resolve_auto
+from burnish.plan import ModelShape, explain_auto, make_plan, resolve_auto
 from burnish.records import TrainState
 from burnish.report.run_files import write_run_files
 from burnish.runtime import (
@@ -38,6 +38,7 @@ from burnish.runtime import (
     pick_device,
     quieten_libraries,
     ranks_from_environment,
+    smallest_over_ranks,
     start_process_group,
 )
 from burnish.train.loop import Feed, TrainJob
@@ -72,9 +73,11 @@ def train(config: Config) -> RunResult:
     vocabulary = vocabulary_of(tokenizer, config.model)
     shape = ModelShape.from_config_json(load_model_config(config.model).to_dict()).grown(vocabulary)
     require_rows(tokenizer, shape.vocab_size, (data.train, data.eval))
-    config = resolve_auto(config, shape, ranks.world_size, device_memory_bytes(device))
 
     start_process_group(ranks, device, config.launch.hang_timeout_seconds)
+    memory = smallest_over_ranks(device_memory_bytes(device, ranks), ranks)
+    asked_for, world = config, (shape, ranks.world_size)
+    config = resolve_auto(config, *world, memory, device.type)
     model = load_model(
         config.model,
         seed=config.train.seed,
@@ -94,7 +97,10 @@ def train(config: Config) -> RunResult:
     sharing = config.engine.sequence_parallel
     parts, layout = max(1, ranks.world_size // sharing), (capability.packed, shape.cost_model(), sharing)
     windows = plan_windows(data.train, config.data, config.batch, config.train, parts, *layout)
-    plan = make_plan(config, count_windows(windows, data.train), shape, ranks.world_size)
+    choices = explain_auto(asked_for, config, memory)
+    plan = make_plan(
+        config, count_windows(windows, data.train), *world, device_type=device.type, choices=choices
+    )
     if ranks.is_main:
         write_run_files(run_dir, config, plan, data.report)
         log.info("%s\n%s", plan.describe(), capability.reason)

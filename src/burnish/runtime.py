@@ -15,6 +15,7 @@ import random
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
@@ -232,6 +233,12 @@ def sum_over_ranks(value: torch.Tensor, ranks: Ranks) -> torch.Tensor:
     return value
 
 
+def smallest_over_ranks(value: int | None, ranks: Ranks) -> int | None:
+    """The least of every rank's values, on every rank; None where one has none."""
+    values = gather_objects(value, ranks)
+    return None if None in values else min(values)
+
+
 def barrier(ranks: Ranks) -> None:
     """Wait until every rank is here."""
     if ranks.world_size > 1:
@@ -254,13 +261,44 @@ def peak_memory_bytes(device: torch.device) -> int | None:
     return int(peak) * (1 if sys.platform == "darwin" else 1024)
 
 
-def device_memory_bytes(device: torch.device) -> int | None:
-    """Memory of a GPU; None for a CPU, which shares its memory with everything else."""
+def device_memory_bytes(device: torch.device, ranks: Ranks) -> int | None:
+    """Memory that this rank may use: all of a GPU's, or on a CPU its share of what is free on this host."""
     if device.type != "cuda":
-        return None
+        local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", ranks.world_size))
+        free = free_memory_bytes()
+        return None if free is None else free // max(1, local_ranks)
     import torch
 
     return int(torch.cuda.get_device_properties(device).total_memory)
+
+
+def free_memory_bytes(root: Path = Path("/")) -> int | None:
+    """Host memory that processes may still take: the machine's, or less in a container (cgroups, version 2
+    and 1). None where the system does not say (not Linux).
+
+    Args:
+        root: Where `proc` and `sys` are.
+    """
+    try:
+        lines = (root / "proc/meminfo").read_text().splitlines()
+    except OSError:
+        return None
+    kib = next((int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")), None)
+    if kib is None:
+        return None
+    free = kib * 1024
+    groups = root / "sys/fs/cgroup"
+    for limit, used in (
+        ("memory.max", "memory.current"),
+        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
+    ):
+        try:
+            most, taken = (groups / limit).read_text().strip(), int((groups / used).read_text())
+        except OSError:
+            continue
+        if most != "max":
+            free = min(free, max(0, int(most) - taken))
+    return free
 
 
 def keep_freed_memory() -> bool:

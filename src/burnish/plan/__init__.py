@@ -1,6 +1,7 @@
 """Pure arithmetic about a run before it runs: schedule, windows' counts, memory, time. No torch."""
 
-from burnish.plan.build import Plan, fit_micro_tokens, make_plan, resolve_auto, suggest
+from burnish.plan.auto import explain_auto, fit_micro_tokens, resolve_auto
+from burnish.plan.build import Plan, make_plan
 from burnish.plan.counts import (
     DEFAULT_GLOBAL_EXAMPLES,
     DEFAULT_MICRO_TOKENS,
@@ -12,8 +13,11 @@ from burnish.plan.describe import bytes_text, seconds_text
 from burnish.plan.effort import DEVICES, Device, find_device, train_flops
 from burnish.plan.memory import Memory, MemoryParts, estimate_memory
 from burnish.plan.optimizer_state import trainable_params
+from burnish.plan.packing import surely_packed
 from burnish.plan.schedule import learning_rate, num_warmup_steps
 from burnish.plan.shapes import ModelShape
+from burnish.plan.sharing import unshared, unsuited
+from burnish.plan.suggest import suggest
 
 __all__ = [
     "DEFAULT_GLOBAL_EXAMPLES",
@@ -29,6 +33,7 @@ __all__ = [
     "WindowCounts",
     "bytes_text",
     "estimate_memory",
+    "explain_auto",
     "find_device",
     "fit_micro_tokens",
     "learning_rate",
@@ -37,6 +42,9 @@ __all__ = [
     "resolve_auto",
     "seconds_text",
     "suggest",
+    "surely_packed",
     "train_flops",
     "trainable_params",
+    "unshared",
+    "unsuited",
 ]

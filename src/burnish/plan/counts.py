@@ -67,3 +67,9 @@ class WindowCounts:
     packed: bool
     world_size: int
     """Data-parallel ranks that the windows were cut for."""
+    num_computed_tokens: int | None = None
+    """Of `num_tokens`, those left to compute where examples share their beginnings; None: all of them."""
+    num_computed_windows: int = 0
+    """On how many windows that was counted: all that may share, or a sample."""
+    unshared: str | None = None
+    """Why beginnings are not shared; None where they are wherever it pays."""

@@ -28,6 +28,12 @@ def _data_rows(plan: Plan) -> list[tuple[str, str]]:
     if len(counts.examples_per_source) > 1:
         parts = [f"{name} {num:,}" for name, num in counts.examples_per_source.items()]
         rows.append(("sources", ", ".join(parts)))
+    if counts.num_computed_tokens is not None:
+        saved = 1 - counts.num_computed_tokens / counts.num_tokens
+        text = f"{counts.num_computed_tokens:,} tokens computed, {saved:.0%} saved: examples begin alike"
+        rows.append(("shared", f"{text} ({counts.num_computed_windows:,} windows looked at)"))
+    elif counts.unshared is not None:
+        rows.append(("shared", f"no beginnings of examples: {counts.unshared}"))
     return rows
 
 
@@ -59,6 +65,7 @@ def _machine_rows(plan: Plan) -> list[tuple[str, str]]:
     for place, num in (("host memory", plan.memory.host_bytes), ("nvme", plan.memory.nvme_bytes)):
         if num:
             rows.append((place, f"{bytes_text(num)} a rank"))
+    rows += [("chosen" if number == 0 else "", text) for number, text in enumerate(plan.choices)]
     if plan.device is not None:
         verdict = "fits" if plan.fits else "does not fit"
         rows.append(("device", f"{plan.device.name}, {bytes_text(plan.device.memory_bytes)}: {verdict}"))

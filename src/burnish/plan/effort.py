@@ -52,10 +52,12 @@ def train_flops(config: Config, counts: WindowCounts, shape: ModelShape) -> floa
     that is trained. Attention inside a document of T tokens is causal: T^2 / 2 pairs.
     """
     passes = 3 if config.adapter is None else 2
-    matrices = 2.0 * shape.active_layer_weights * counts.num_tokens * passes
+    # Where examples share their beginnings; attention, a small part, is taken as if they did not.
+    num_tokens = counts.num_computed_tokens or counts.num_tokens
+    matrices = 2.0 * shape.active_layer_weights * num_tokens * passes
     head = 2.0 * shape.embedding_params * counts.num_supervised_tokens * passes
     attention = 2.0 * shape.num_layers * shape.query_size * counts.sum_squared_tokens * 3
-    adapter = 6.0 * shape.lora_params(config.adapter) * counts.num_tokens if config.adapter else 0.0
+    adapter = 6.0 * shape.lora_params(config.adapter) * num_tokens if config.adapter else 0.0
     return matrices + head + attention + adapter
 
 
@@ -64,9 +66,10 @@ def train_seconds(
 ) -> float:
     """Estimated time of all steps, waiting for the slowest rank included, evaluation and saves not."""
     flops = train_flops(config, counts, shape)
-    if config.model.activation_checkpointing == "full":  # the layers' forward once more
-        passes = 3 if config.adapter is None else 2
-        flops *= (passes + 1) / passes
+    if config.model.activation_checkpointing in ("full", "offload"):  # the layers' forward once more
+        num_tokens = counts.num_computed_tokens or counts.num_tokens
+        attention = 2.0 * shape.num_layers * shape.query_size * counts.sum_squared_tokens
+        flops += 2.0 * shape.active_layer_weights * num_tokens + attention
     speed = world_size * device.flops_per_second * device.mfu
     return flops * (1 + counts.imbalance_mean) / speed
 

@@ -1,14 +1,26 @@
-"""Bytes on each rank, by part: what stays (weights, gradients, optimizer) and what a forward needs.
+"""Bytes on each rank, by part: what stays (weights, gradients, optimizer) and what a micro-batch needs.
 
-Weights and optimizer are exact sums. Activations and buffers are estimates: their factors were measured as
-the bytes that autograd saves in transformers' Llama (bf16 autocast and fp32), per token and width.
+What stays is an exact sum. What comes and goes is followed through a step; the largest of these is the peak,
+and its parts are the plan's:
+
+    the head      all layers' activations, and what the head's loss forms in the forward
+    the backward  all layers' activations, the head's gradient, and inside one layer its gradients and what is
+                  computed again; ZeRO's bucket
+    its end       no activations; the whole gradients, and the embedding's beside them
+    the step      no activations; ZeRO's shard of the gradients made ready for the optimizer
+
+Gradients are there from the first micro-batch of a step on; with one a step, they come as activations go, and
+the larger of the two counts. Everything is what tensors hold. An allocator takes more from the machine: on a
+GPU the caching allocator's fragments, on a CPU what the C library keeps of freed memory.
 """
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
 
 from burnish.config.schema import Config
+from burnish.plan.activations import Activations, Forward, activations
 from burnish.plan.optimizer_state import optimizer_bytes, trainable_params
 from burnish.plan.shapes import ModelShape
 
@@ -16,8 +28,13 @@ _HEAD_CHUNK_ROWS = 1024
 """Supervised positions whose logits exist at the same time."""
 _NF4_BYTES = 0.5 + 4 / 64
 """A weight in 4 bits, and a float of scale for each block of 64."""
-_BUCKET_ELEMENTS = 500_000_000
-"""Of DeepSpeed's reduce and gather buckets, at most."""
+_BUCKET_ELEMENTS = 50_000_000
+"""Of DeepSpeed's reduce bucket, at most (engine/ds_config.py)."""
+_LIVE_ELEMENTS = 1_000_000_000
+"""Weights that ZeRO-3 keeps gathered, and that it makes ready for the optimizer at once, at most:
+DeepSpeed's `stage3_max_live_parameters` and `sub_group_size`."""
+_SOFTMAX_BYTES_CPU, _SOFTMAX_BYTES_CUDA = 4 * 2**20, 256 * 2**20
+"""fp32 logits worked on at once (model/head.py); three of them exist."""
 
 
 @dataclass(frozen=True)
@@ -56,12 +73,14 @@ class Memory:
 class _Setup:
     """The config, read for arithmetic."""
 
-    deepspeed: bool
     stage: int
     ranks: int
-    compute_bytes: int
-    """Of an element in the forward."""
+    offloads: bool
+    """The optimizer's part is off the device."""
+    forward: Forward
     trainable: int
+    cast: int
+    """Trained weights that autocast casts, and keeps cast until the backward is through."""
     optimizer_bytes: int
     """The optimizer's state of all of them."""
     frozen: int
@@ -69,6 +88,13 @@ class _Setup:
     """Of a frozen element that is not quantised."""
     quantized: int
     """Frozen weights kept in 4 bits."""
+    trains_head: bool
+    accumulates: bool
+    """A step has several micro-batches."""
+
+    def shard(self, num: int | float, from_stage: int) -> int:
+        """A rank's share of what is sharded from that stage on."""
+        return int(num / self.ranks) if self.stage >= from_stage else int(num)
 
 
 def uses_deepspeed(config: Config, world_size: int) -> bool:
@@ -77,7 +103,13 @@ def uses_deepspeed(config: Config, world_size: int) -> bool:
 
 
 def estimate_memory(
-    config: Config, shape: ModelShape, world_size: int, micro_tokens: int, supervised_share: float = 1.0
+    config: Config,
+    shape: ModelShape,
+    world_size: int,
+    micro_tokens: int,
+    supervised_share: float = 1.0,
+    accumulates: bool = True,
+    device_type: str = "cuda",
 ) -> Memory:
     """Bytes that one rank needs at the peak of a step.
 
@@ -87,117 +119,135 @@ def estimate_memory(
         world_size: All ranks.
         micro_tokens: Most tokens of one forward, padding included.
         supervised_share: Share of those that are targets.
+        accumulates: Whether a step has more than one micro-batch.
+        device_type: `cuda` or `cpu`, whose kernels keep different things.
     """
-    setup = _read(config, shape, world_size)
+    setup = _read(config, shape, world_size, accumulates, device_type)
     rows = micro_tokens // config.engine.sequence_parallel
-    weights, gradients, optimizer = _states(setup)
-    parts = {
-        "weights": weights,
-        "gradients": gradients,
-        "optimizer": optimizer,
-        "activations": _activations(config, setup, shape, rows),
-        "head": _head(config, setup, shape, rows, supervised_share),
-        "buffers": _buffers(setup, shape),
-    }
-    offloaded = {"none": 0, "cpu": 0, "nvme": 0}
-    if setup.deepspeed and config.engine.offload_optimizer != "none":
-        # The fp32 masters and their gradients' shard go with the optimizer.
-        offloaded[config.engine.offload_optimizer] += parts["optimizer"]
-        parts["optimizer"] = 0
-    if setup.deepspeed and setup.stage == 3 and config.engine.offload_params != "none":
-        offloaded[config.engine.offload_params] += parts["weights"]
-        parts["weights"] = 0
-    return Memory(MemoryParts(**parts), offloaded["cpu"], offloaded["nvme"])
+    acts = activations(config, setup.forward, shape, rows)
+    static = _states(setup)
+    supervised = max(1, int(rows * supervised_share))
+    peak = max(_moments(setup, static, shape, acts, supervised), key=lambda parts: parts.total)
+    offloaded = {"none": 0, "cpu": acts.host, "nvme": 0}
+    if setup.offloads:
+        # Of each trained weight: master and state, and on the host its gradient too, in fp32 and as it came.
+        offloaded[config.engine.offload_optimizer] += static.optimizer
+        offloaded["cpu"] += setup.shard(setup.trainable * 6, 1)
+        peak = replace(peak, optimizer=0)
+    if setup.stage == 3 and config.engine.offload_params != "none":
+        offloaded[config.engine.offload_params] += peak.weights
+        peak = replace(peak, weights=0)
+    return Memory(peak, offloaded["cpu"], offloaded["nvme"])
 
 
-def _read(config: Config, shape: ModelShape, world_size: int) -> _Setup:
-    deepspeed = uses_deepspeed(config, world_size)
+def _read(config: Config, shape: ModelShape, world_size: int, accumulates: bool, device_type: str) -> _Setup:
+    stage = config.engine.zero_stage if uses_deepspeed(config, world_size) else 0
+    whole, element = config.adapter is None, 4 if config.model.dtype == "fp32" else 2
     trainable = trainable_params(config, shape)
-    frozen = shape.num_params - (trainable if config.adapter is None else 0)
-    stage = config.engine.zero_stage if deepspeed else 0
-    compute_bytes = 4 if config.model.dtype == "fp32" else 2
     quantize = config.adapter is not None and config.adapter.quantize is not None
     # bitsandbytes quantises linear layers, not experts' fused parameters.
     matrices = [m for layer in shape.layers for m in layer if m.copies == 1 and m.name != "router"]
     linear = sum(m.d_in * m.d_out for m in matrices)
+    masters = whole and not stage  # the model's weights are fp32, trained or not
+    outside = shape.num_params - shape.layer_params
+    autocast = element == 2 and not stage
     return _Setup(
-        deepspeed=deepspeed,
         stage=stage,
         ranks=world_size,
-        compute_bytes=compute_bytes,
+        offloads=stage > 0 and config.engine.offload_optimizer != "none",
+        forward=Forward(
+            element, 4 if masters else element, autocast, config.adapter, on_cpu=device_type == "cpu"
+        ),
         trainable=trainable,
+        cast=max(0, trainable - (outside if whole else 0)) if autocast else 0,
         optimizer_bytes=optimizer_bytes(config, shape),
-        frozen=frozen,
-        # Parts frozen in a model that is trained whole were loaded like the rest of it.
-        frozen_bytes=4 if config.adapter is None and not stage else compute_bytes,
+        frozen=shape.num_params - (trainable if whole else 0),
+        frozen_bytes=4 if masters else element,
         quantized=linear if quantize else 0,
+        trains_head=whole or bool(shape.new_tokens),
+        accumulates=accumulates,
     )
 
 
-def _states(setup: _Setup) -> tuple[int, int, int]:
+def _states(setup: _Setup) -> MemoryParts:
     """Weights, gradients, optimizer, as ZeRO shards them (Rajbhandari et al., 2020, figure 1).
 
-    Without ZeRO the model's weights are the fp32 masters, cast in the forward; ZeRO keeps weights and
-    gradients in the compute dtype and the masters beside the optimizer's moments.
+    Without ZeRO the model's weights are the fp32 masters, and gradients are fp32. ZeRO keeps weights in the
+    forward's dtype, the masters beside the optimizer's moments, and gradients in fp32: at stage 1 all of
+    them, at 2 and 3 a rank's share.
     """
-
-    def shard(num: int | float, from_stage: int) -> int:
-        return int(num / setup.ranks) if setup.stage >= from_stage else int(num)
-
-    kept = setup.compute_bytes if setup.stage else 4
-    masters = 4 if setup.stage and setup.compute_bytes == 2 else 0
+    element = setup.forward.element
+    kept = element if setup.stage else 4
+    # Stages 1 and 2 copy a rank's share of the weights whatever their dtype.
+    masters = 4 if setup.stage in (1, 2) or (setup.stage and element == 2) else 0
     frozen = (setup.frozen - setup.quantized) * setup.frozen_bytes + setup.quantized * _NF4_BYTES
-    return (
-        shard(setup.trainable * kept + frozen, 3),
-        shard(setup.trainable * kept, 2),
-        shard(setup.optimizer_bytes + setup.trainable * masters, 1),
+    return MemoryParts(
+        weights=setup.shard(setup.trainable * kept + frozen, 3),
+        gradients=0 if setup.offloads else setup.shard(setup.trainable * 4, 2),
+        optimizer=setup.shard(setup.optimizer_bytes + setup.trainable * masters, 1),
+        activations=0,
+        head=0,
+        buffers=0,
     )
 
 
-def _layer_bytes_per_token(setup: _Setup, shape: ModelShape) -> int:
-    """Saved for the backward by one layer, per token.
+def _moments(
+    setup: _Setup, static: MemoryParts, shape: ModelShape, acts: Activations, supervised: int
+) -> Iterator[MemoryParts]:
+    """What is on the device at each moment of a step that may be its peak."""
+    e, table = setup.forward.element, shape.embedding_params
+    bucket, gathered, ready = _zero_buffers(setup)
+    before = static.gradients if setup.accumulates or setup.stage == 3 else 0
+    casts = setup.cast * 2
+    head_grad = table * (e if setup.stage else 4) if setup.trains_head else 0
+    held = replace(static, gradients=before, activations=acts.kept)
+    yield replace(held, head=_head(setup, shape, supervised), buffers=casts + gathered)
+    # Gradients come as activations go: of a step's only micro-batch the larger of the two.
+    coming = max(0, static.gradients - before - acts.kept)
+    inside = acts.again + acts.backward
+    yield replace(
+        held,
+        gradients=before + coming,
+        activations=acts.kept + inside,
+        head=head_grad,
+        buffers=casts + gathered + bucket,
+    )
+    end = head_grad * (2 if shape.tied else 1)
+    yield replace(static, head=end, buffers=gathered + bucket)
+    yield replace(static, buffers=ready)
 
-    Measured: 26 bytes a channel of the residual stream (norms run in fp32), the query, key, value and
-    attention output once before and once after, and of the MLP the gate, the up projection, the
-    activation and the product.
+
+def _head(setup: _Setup, shape: ModelShape, supervised: int) -> int:
+    """The head's loss: one chunk of logits, whose gradient takes their place, and what is worked on in fp32.
+
+    Where the head is trained: its gradient in fp32, one chunk's share of it, and under autocast a cast of
+    the matrix. Of each supervised position its hidden state, a cast, the same weighted, and its gradient.
     """
-    element = setup.compute_bytes
-    stream = 26 if element == 2 else 24
-    mlp = (4 if shape.gated_mlp else 2) * element
-    attention = 2 * element * (shape.query_size + shape.kv_size)
-    return stream * shape.hidden_size + attention + mlp * shape.mlp_width
+    forward, table = setup.forward, shape.embedding_params
+    block = _SOFTMAX_BYTES_CPU if forward.on_cpu else _SOFTMAX_BYTES_CUDA
+    logits = min(_HEAD_CHUNK_ROWS, supervised) * shape.vocab_size
+    hidden = supervised * shape.hidden_size * (2 * forward.stream + 2 * forward.element)
+    total = logits * forward.element + 3 * min(block, 4 * logits) + hidden
+    if setup.trains_head:
+        total += table * (4 + forward.element + (2 if forward.autocast else 0))
+    return total
 
 
-def _activations(config: Config, setup: _Setup, shape: ModelShape, rows: int) -> int:
-    layer = _layer_bytes_per_token(setup, shape)
-    kept_stream = (2 if setup.stage and setup.compute_bytes == 2 else 4) * shape.hidden_size
-    kind = config.model.activation_checkpointing
-    if kind == "full":  # the input of every layer, and one layer in full while it is computed again
-        return int(rows * (shape.num_layers * kept_stream + layer))
-    if kind == "light":  # norms and the MLP's element-wise part are computed again
-        again = 16 * shape.hidden_size + 2 * setup.compute_bytes * shape.mlp_width
-        return int(rows * (shape.num_layers * (layer - again) + layer))
-    return int(rows * shape.num_layers * layer)
+def _zero_buffers(setup: _Setup) -> tuple[int, int, int]:
+    """ZeRO's: the bucket that gradients are reduced in, weights gathered, gradients made ready for the step.
 
-
-def _head(config: Config, setup: _Setup, shape: ModelShape, rows: int, supervised_share: float) -> int:
-    supervised = max(1, int(rows * supervised_share))
-    logits = min(_HEAD_CHUNK_ROWS, supervised) * shape.vocab_size * (setup.compute_bytes + 4)
-    hidden = 2 * supervised * shape.hidden_size * setup.compute_bytes
-    trains_head = config.adapter is None or bool(shape.new_tokens)
-    grad_weight = shape.embedding_params * 4 if trains_head else 0
-    return logits + hidden + grad_weight
-
-
-def _buffers(setup: _Setup, shape: ModelShape) -> int:
+    The bucket is in the gradients' dtype (fp32 at stage 1), and is cut up anew for the ranks at stage 3,
+    where it is never given back. Stage 3 keeps what it gathered until 1,000 million weights are live, and
+    copies its share of the gradients for the step.
+    """
     if not setup.stage:
-        # Autocast keeps a cast copy of every weight from the forward to the end of the backward.
-        return setup.trainable * 2 if setup.compute_bytes == 2 else 0
-    bucket = min(_BUCKET_ELEMENTS, setup.trainable) * setup.compute_bytes
-    # ZeRO casts a rank's share of the gradients to fp32 for the step.
-    step = 4 * setup.trainable // setup.ranks if setup.compute_bytes == 2 else 0
-    gathered = 0
-    if setup.stage == 3:  # two layers at a time, and the embedding or the head
-        layer = shape.layer_params // max(1, shape.num_layers)
-        gathered = setup.compute_bytes * (2 * layer + shape.embedding_params)
-    return (bucket if setup.ranks > 1 and setup.stage < 3 else 0) + step + gathered
+        # Plain data parallel: buckets of 64 MiB at the step only, where no activations are.
+        return 0, 0, 0
+    element = 4 if setup.stage == 1 else setup.forward.element
+    bucket = min(_BUCKET_ELEMENTS, setup.trainable) * element
+    if setup.stage < 3:
+        return bucket, 0, 0
+    whole = setup.trainable * setup.forward.element + (setup.frozen - setup.quantized) * setup.frozen_bytes
+    gathered = min(whole, _LIVE_ELEMENTS * setup.forward.element) if setup.ranks > 1 else 0
+    share = min(setup.shard(setup.trainable, 3), _LIVE_ELEMENTS)
+    return 2 * bucket, gathered, 4 * share

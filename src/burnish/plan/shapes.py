@@ -169,7 +169,7 @@ class ModelShape:
         """
         matrices = [m for layer in self.layers for m in layer]
         if adapter.targets != "all-linear":
-            wanted = {_short_name(target) for target in adapter.targets}
+            wanted = {short_name(target) for target in adapter.targets}
             matrices = [m for m in matrices if m.name in wanted] or matrices
         dora = adapter.kind == "dora"
         rows = len(self.new_tokens) * self.hidden_size * (1 if self.tied else 2)
@@ -213,7 +213,7 @@ class ModelShape:
 _CURE = "Planning needs the config.json of a causal language model."
 
 
-def _short_name(target: str) -> str:
+def short_name(target: str) -> str:
     """Our name of a matrix, from the last part of a module's name."""
     last = target.rsplit(".", 1)[-1]
     named = {
