@@ -89,6 +89,9 @@ def through_the_door(args: argparse.Namespace) -> dict[str, Any]:
     found: dict[str, Any] = {}
     with tempfile.TemporaryDirectory(prefix="burnish-door-") as scratch:
         rows = data_bench.read_rows(args.data, args.front_door or 400)
+        rows = [
+            {**row, "instruction": f"{i}. {row['instruction']}"} for i, row in enumerate(rows)
+        ]  # no twins
         tokenizer = data_bench.tokenizer_for(args.tokenizer, rows)
         stage(Path(scratch), "llama", rows, tokenizer, small=args.front_door is not None)
         if args.front_door:

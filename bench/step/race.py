@@ -135,8 +135,8 @@ def _take_turns(racers: dict[str, Racer], settings: Settings) -> dict[str, list[
     racing = list(racers)
     for number in range(settings.num_rounds):
         for name in racing:
-            # The rate of matrix products is the mean of several short turns' worth.
-            turns[name].append(racers[name].turn(4 if name == "matrix" else settings.steps))
+            # With the one that is not timed, whole rounds of the matrices' shapes.
+            turns[name].append(racers[name].turn(5 if name == "matrix" else settings.steps))
         if number == 0:
             tuned = [name for name in racing if TRL_GRID.get(name)]
             best = min(tuned, key=lambda name: statistics.median(turns[name][0]["seconds"]), default=None)
@@ -153,13 +153,17 @@ def _facts(folder: Path, case: Case, settings: Settings) -> dict[str, Any]:
     store, num_steps = race.store, race.windows.num_steps
     lengths = store.num_tokens.astype(float)
     tokens, targets = lengths.sum() / num_steps, store.num_supervised.sum() / num_steps
-    squares = (lengths**2).sum() / num_steps
+    steps = []
+    for step in range(1, settings.num_rounds * (settings.steps + 1) + 1):
+        ids = race.windows.example_ids(step)
+        own = lengths[ids].sum(), float(store.num_supervised[ids].sum()), (lengths[ids] ** 2).sum()
+        steps.append((own[0], own[1], step_flops(race.shape, case.lora, *own, race.config)))
     return {
+        "steps": steps,
         "tokens_per_step": tokens,
         "supervised_tokens_per_step": targets,
         "supervised_share": targets / tokens,
         "mean_document_tokens": lengths.mean(),
-        "flops_per_step": step_flops(race.shape, case.lora, tokens, targets, squares, race.config),
         "parameters": race.shape.num_params,
         "rounds": settings.num_rounds,
         "timed_steps_per_turn": settings.steps,
@@ -192,26 +196,34 @@ def _summary(
         flops = ready["matrix"]["flops"]
         # Steps alternate between the shapes; the first one, of shape 0, was not timed.
         rates.append(max(10 * flops[(i + 1) % len(flops)] / s for i, s in enumerate(turn["seconds"])))
-    rate = statistics.median(rates) if rates else None
     medians = {n: [statistics.median(t["seconds"]) for t in own] for n, own in turns.items() if n != "matrix"}
     own = medians["burnish"]
     racers = {}
     for name, seconds in medians.items():
         last = turns[name][-1]
-        step_seconds = statistics.median(seconds)
+        work = [_work_per_second(own, facts, number) for number, own in enumerate(turns[name])]
+        mfu = [done[2] / rate for done, rate in zip(work, rates, strict=False)]
         racers[name] = {
             "ratio": _spread([s / o for s, o in zip(seconds, own, strict=False)]),
             "rounds": len(seconds),
             "seconds": _spread(seconds),
-            "supervised_tokens_per_second": facts["supervised_tokens_per_step"] / step_seconds,
-            "tokens_per_second": facts["tokens_per_step"] / step_seconds,
-            "mfu": None if rate is None else facts["flops_per_step"] / step_seconds / rate,
+            "supervised_tokens_per_second": statistics.median(done[1] for done in work),
+            "tokens_per_second": statistics.median(done[0] for done in work),
+            "mfu": statistics.median(mfu) if mfu else None,
             "peak_over_model_bytes": last["peak_bytes"] - ready[name]["bytes"],
             "first_loss": turns[name][0].get("first_loss"),
             "settings": ready[name].get("settings"),
             "phases": last.get("phases"),
         }
     return {"matrix_flops_per_second": _spread(rates) if rates else None, "racers": racers}
+
+
+def _work_per_second(turn: Mapping[str, Any], facts: Mapping[str, Any], number: int) -> list[float]:
+    """Tokens, supervised tokens and useful FLOPs a second in one turn, of the very steps that it timed."""
+    size = facts["timed_steps_per_turn"]
+    first = number * (size + 1) + 1  # the steps of each turn are numbered on, and its first was not timed
+    timed = facts["steps"][first : first + size]
+    return [sum(step[kind] for step in timed) / sum(turn["seconds"]) for kind in range(3)]
 
 
 def _spread(values: Sequence[float]) -> dict[str, float]:
