@@ -51,13 +51,17 @@ def table(found: Mapping[str, Any]) -> str:
                 NAMES[name],
                 "1" if name == "burnish" else f"{ratio['median']:.2f}{spread}",
                 f"{numbers['seconds']['median']:.2f}",
-                f"{numbers['supervised_tokens_per_second']:,.0f}",
-                f"{numbers['tokens_per_second']:,.0f}",
+                _count(numbers["supervised_tokens_per_second"]),
+                _count(numbers["tokens_per_second"]),
                 mfu,
                 f"{peak / 2**20:,.0f} MiB" + ("" if name == "burnish" else f" ({peak / own:.2f})"),
             )
         )
     return "\n".join("| " + " | ".join(row) + " |" for row in rows) + "\n"
+
+
+def _count(number: float | None) -> str:
+    return "" if number is None else f"{number:,.0f}"
 
 
 def verdicts(found: Mapping[str, Any]) -> dict[str, bool]:
