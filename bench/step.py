@@ -1,6 +1,6 @@
 """Speed and memory of a training step against its peers, on the same weights and tokens.
 
-    python bench/step.py --quick                             # two tables in a few minutes
+    python bench/step.py --quick                             # one table in a few minutes
     python bench/step.py --data alpaca.json --tokenizer FOLDER --write
     python bench/step.py --case qwen/alpaca --add bench/results/DATE-step.json
 
@@ -25,14 +25,15 @@ from typing import Any
 BENCH = Path(__file__).parent
 sys.path.insert(0, str(BENCH))
 
-from step.cases import CASES, QUICK  # noqa: E402
+from step.cases import CASES, QUICK, Case  # noqa: E402
 from step.front_door import stage, time_split, train, zero_cost  # noqa: E402
 from step.race import ALWAYS, PEERS, Settings, run_case  # noqa: E402
 from step.table import printed, verdicts, write_page  # noqa: E402
 
 import data as data_bench  # noqa: E402
 
-QUICK_PEERS = ("trl", "trl-packed")
+QUICK_PEERS = ("trl", "trl-single")
+NEAR_PEERS = ("trl-single",)
 PEERS_VENV = BENCH.parent / "build" / "peers"
 
 
@@ -78,6 +79,12 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def racers_of(case: Case, args: argparse.Namespace) -> list[str]:
+    """Who races in this case."""
+    peers = QUICK_PEERS if args.quick else PEERS if case.all_peers else NEAR_PEERS
+    return list(dict.fromkeys([*ALWAYS, *(args.racers.split(",") if args.racers else peers)]))
+
+
 def write_json(path: Path, results: dict[str, Any]) -> None:
     """After every case: what has been measured stays if a later one fails."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -105,15 +112,7 @@ def through_the_door(args: argparse.Namespace) -> dict[str, Any]:
 def main() -> None:
     """Parse, race, print, write."""
     args = parse()
-    peers = QUICK_PEERS if args.quick else PEERS
-    racers = [*ALWAYS, *(args.racers.split(",") if args.racers else peers)]
-    settings = Settings(
-        num_rounds=args.rounds,
-        steps=args.steps,
-        racers=list(dict.fromkeys(racers)),
-        peer_python=peer_python(args.peers_venv),
-        device=args.device,
-    )
+    python = peer_python(args.peers_venv)
     chosen = args.case or (QUICK if args.quick else [case.name for case in CASES])
     path = args.add or (BENCH / "results" / f"{date.today().isoformat()}-step.json" if args.write else None)
     results: dict[str, Any] = {"cases": {}}
@@ -127,6 +126,7 @@ def main() -> None:
     for case in CASES:
         if case.name not in chosen:
             continue
+        settings = Settings(args.rounds, args.steps, racers_of(case, args), python, args.device)
         found = run_case(case, rows, settings)
         found["targets_met"] = verdicts(found)
         results["cases"][case.name] = found
