@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from burnish.config.raw_deepspeed import refused_settings
+from burnish.config.raw_deepspeed import TUNABLE, misspelt_settings, refused_settings, unknown_settings
 from burnish.engine.ds_config import deepspeed_config
 from rig.toy import toy_config
 
@@ -76,3 +76,24 @@ def test_every_setting_of_the_recipe_is_refused_as_a_raw_one() -> None:
             ours = built({"model.dtype": dtype, "engine.zero_stage": stage}).keys() - tuned
             refused = [p.where for p in refused_settings({key: {} for key in ours})]
             assert sorted(refused) == sorted(f"engine.deepspeed.{key}" for key in ours)
+
+
+def test_misspelt_settings_are_told_without_deepspeed() -> None:
+    raw = {"zero_optimization": {"reduce_bucket_sise": 7, "something_of_tomorrow": 1}}
+    (problem,) = misspelt_settings(raw)
+    assert problem.where == "engine.deepspeed.zero_optimization.reduce_bucket_sise"
+    assert "reduce_bucket_size" in str(problem)
+
+
+def test_unknown_settings_are_told_by_the_deepspeed_that_is_installed() -> None:
+    pytest.importorskip("deepspeed")
+    from burnish.engine.deepspeed import known_zero_settings
+
+    known = known_zero_settings()
+    assert set(known) == TUNABLE
+    raw = {"something_else": 1, "offload_param": {"bufer_size": 1, "max_in_cpu": 0}, "overlap_comm": True}
+    found = [(p.where, p.cure) for p in unknown_settings(raw, known, "zero")]
+    assert found == [
+        ("zero.something_else", "Take it out."),
+        ("zero.offload_param.bufer_size", "Did you mean buffer_size?"),
+    ]

@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from burnish.config.raw_deepspeed import refused_settings
+from burnish.config.raw_deepspeed import misspelt_settings, refused_settings
 from burnish.config.schema import Config, SourceConfig
 from burnish.errors import Problem
 
@@ -175,6 +175,7 @@ def _check_engine(config: Config) -> Iterator[Problem]:
         yield Problem("engine.deepspeed", "is set, but DeepSpeed does not run here", cure_local)
     yield from _check_sequence_parallel(config)
 
+    yield from misspelt_settings(engine.deepspeed)
 
 def _check_sequence_parallel(config: Config) -> Iterator[Problem]:
     size, processes = config.engine.sequence_parallel, config.launch.num_processes

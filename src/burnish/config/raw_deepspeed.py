@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -87,6 +88,62 @@ def refused_settings(raw: Mapping[str, Any]) -> Iterator[Problem]:
             cure = "Write the keys that are to change under it."
             yield Problem(f"engine.deepspeed.{place}", f"is {value!r}, but it is a section", cure)
 
+
+Names = Mapping[str, "Names | None"]
+"""The settings of a section, by name; a section's own below it, None where it is none."""
+
+
+def unknown_settings(raw: Mapping[str, Any], known: Names, where: str) -> Iterator[Problem]:
+    """Settings that DeepSpeed does not have, one problem for each.
+
+    Args:
+        raw: A section of `engine.deepspeed`.
+        known: What the section may hold.
+        where: The section's key.
+    """
+    for key, value in raw.items():
+        below = known.get(key)
+        if key not in known:
+            close = difflib.get_close_matches(key, known, n=2)
+            cure = f"Did you mean {' or '.join(close)}?" if close else "Take it out."
+            yield Problem(f"{where}.{key}", "is nothing that DeepSpeed has a setting for", cure)
+        elif below is not None and isinstance(value, Mapping):
+            yield from unknown_settings(value, below, f"{where}.{key}")
+
+
+def misspelt_settings(raw: Mapping[str, Any]) -> Iterator[Problem]:
+    """Settings under `zero_optimization` that look like others. The DeepSpeed that is installed says which
+    there are, but only once it is imported; a name like none of these may be new, and waits for that."""
+    section = raw.get("zero_optimization")
+    if not isinstance(section, Mapping):
+        return
+    for problem in unknown_settings(section, dict.fromkeys(TUNABLE), "engine.deepspeed.zero_optimization"):
+        if problem.cure.startswith("Did you mean"):
+            yield problem
+
+
+TUNABLE = frozenset(
+    {
+        "allgather_bucket_size", "allgather_partitions", "allgather_sequential", "compute_grad_norm",
+        "contiguous_gradients", "cpu_offload", "cpu_offload_param", "cpu_offload_use_pin_memory",
+        "elastic_checkpoint", "enable_sanity_checks", "gather_16bit_weights_on_model_save",
+        "ignore_unused_parameters", "leaf_module", "legacy_stage1", "load_from_fp32_weights",
+        "log_trace_cache_warnings", "max_live_parameters", "max_reuse_distance",
+        "memory_efficient_linear", "model_persistence_threshold", "module_granularity_threshold",
+        "offload_optimizer", "offload_param", "overlap_comm", "override_module_apply",
+        "param_persistence_threshold", "parameter_alignment", "pipeline_loading_checkpoint",
+        "prefetch_bucket_size", "reduce_bucket_size", "reduce_scatter", "round_robin_gradients",
+        "save_muon_momentum_buffer_in_memory", "stage", "stage3_allgather_sequential",
+        "stage3_gather_16bit_weights_on_model_save", "stage3_gather_fp16_weights_on_model_save",
+        "stage3_max_live_parameters", "stage3_max_reuse_distance", "stage3_model_persistence_threshold",
+        "stage3_module_granularity_threshold", "stage3_param_persistence_threshold",
+        "stage3_prefetch_bucket_size", "stage3_use_all_reduce_for_fetch_params", "sub_group_size",
+        "use_all_reduce_for_fetch_params", "use_multi_rank_bucket_allreduce", "zenflow",
+        "zero_hpz_partition_size", "zero_quantized_gradients", "zero_quantized_nontrainable_weights",
+        "zero_quantized_weights",
+    }
+)  # fmt: skip
+"""What DeepSpeed 0.19 has under `zero_optimization`, refused or not; a test holds it to the installed one."""
 
 _SECTIONS = {place.rpartition(".")[0] for place in REFUSED if "." in place}
 

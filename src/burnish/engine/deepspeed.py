@@ -17,14 +17,17 @@ import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, final
+from typing import Any, final, get_args
 
 import deepspeed
 import torch
+from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from deepspeed.utils import logger as deepspeed_logger
 from jaxtyping import Float
+from pydantic import BaseModel
 
 from burnish.config.check import unsuited_optimizer
+from burnish.config.raw_deepspeed import Names, unknown_settings
 from burnish.config.schema import Config
 from burnish.engine.base import Engine, StepResult
 from burnish.engine.ds_config import deepspeed_config, runs_in_fp32
@@ -64,6 +67,30 @@ from burnish.model.tiling import tiled_modules
     deepspeed.init_distributed(verbose=False)
 
 
+def _check_settings(config: Config) -> None:
+    """What only the DeepSpeed that is installed can tell about a config."""
+    section = config.engine.deepspeed.get("zero_optimization", {})
+    where = "engine.deepspeed.zero_optimization"
+    unknown = list(unknown_settings(section, known_zero_settings(), where))
+    if unknown:
+        raise ConfigError(*unknown)
+
+
+def known_zero_settings() -> Names:
+    """The settings that DeepSpeed has under `zero_optimization`, from the class that it checks them by."""
+    return _names_of(DeepSpeedZeroConfig)
+
+
+def _names_of(section: type[BaseModel]) -> Names:
+    names: dict[str, Names | None] = {}
+    for name, field in section.model_fields.items():
+        kinds = [field.annotation, *get_args(field.annotation)]
+        below = [kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)]
+        inner = _names_of(below[0]) if below else None
+        names |= {name: inner, field.alias or name: inner}
+    return names
+
+
 @contextlib.contextmanager
 def zero3_init_context(config: Config, ranks: Ranks, device: torch.device) -> Iterator[None]:
     """While entered, `from_pretrained` partitions weights over the ranks as it loads them.
@@ -74,6 +101,7 @@ def zero3_init_context(config: Config, ranks: Ranks, device: torch.device) -> It
     from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config
 
     prepare_deepspeed(ranks, device)
+    _check_settings(config)
     settings = deepspeed_config(config, on_gpu=device.type == "cuda")
     # zero.Init makes parameters in this dtype; ours are what the forward runs in.
     kept_alive = HfDeepSpeedConfig({**settings, "train_batch_size": ranks.world_size})
@@ -103,6 +131,7 @@ class DeepSpeedEngine(Engine):
         if config.model.dtype == "fp16" and device.type == "cpu":
             raise MachineError(Problem("model.dtype", "fp16 needs a GPU", "Use bf16 or fp32 on a CPU."))
         prepare_deepspeed(ranks, device)
+        _check_settings(config)
         self._ranks = ranks
         self._device = device
         self._clock = PhaseClock(device)

@@ -25,6 +25,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 from transformers import PreTrainedModel
 
 from burnish.errors import ConfigError, Problem
+from burnish.model.surrogate import REFUSALS, build_surrogate
 
 Level = Literal["none", "light", "full", "offload", "auto"]
 """`auto` is made one of the others by the plan, before there is a model."""
@@ -58,7 +59,7 @@ def recompute_layers(model: PreTrainedModel, level: Level, apart: Region) -> Non
         apart: Of what is computed in it, `light` keeps nothing.
 
     Raises:
-        ConfigError: The model's layers cannot be computed again.
+        ConfigError: The model's layers cannot be computed again, or not so.
     """
     if level == "auto":
         raise ValueError("auto has to be resolved from the memory plan")
@@ -73,9 +74,29 @@ def recompute_layers(model: PreTrainedModel, level: Level, apart: Region) -> Non
     if level == "light":
         width = model.config.get_text_config(decoder=True).hidden_size
         arguments["context_fn"] = partial(create_selective_checkpoint_contexts, _Keep(width, apart))
+        _require_kept_unchanged(model, arguments)
     model.activation_checkpointing_enable(arguments)
     if level == "offload":
         model._set_gradient_checkpointing(enable=True, gradient_checkpointing_func=_offloaded)
+
+
+def _require_kept_unchanged(model: PreTrainedModel, arguments: dict[str, Any]) -> None:
+    """Try `light` on a small model of the same architecture: what is kept must not be written over, as
+    gpt-oss's experts do."""
+    small = build_surrogate(model)
+    if small is None:
+        return
+    tokens = torch.arange(8)[None] % small.config.get_text_config(decoder=True).vocab_size
+    small.train().activation_checkpointing_enable(arguments)
+    try:
+        with torch.random.fork_rng(devices=[]):
+            small(input_ids=tokens, use_cache=False).logits.sum().backward()
+    except REFUSALS as error:
+        if "has been mutated" not in str(error):
+            return  # the small model does not run like this; that says nothing of `light`
+        what = f"is light, but layers of {type(model).__name__} write over what it keeps"
+        cure = "Use none, or full where memory is short."
+        raise ConfigError(Problem("model.activation_checkpointing", what, cure)) from error
 
 
 def _offloaded(function: Callable[..., Any], *args: Any) -> Any:
