@@ -36,10 +36,10 @@ def num_workers(launch: LaunchConfig, environ: Mapping[str, str] = os.environ) -
         return 1
     if launch.num_processes != "auto":
         return launch.num_processes
-    return max(1, _num_gpus())
+    return max(1, num_gpus())
 
 
-def _num_gpus() -> int:
+def num_gpus() -> int:
     """GPUs that torch can use. torch takes seconds to import, so only where a GPU may be."""
     if not any(Path("/dev").glob("nvidia[0-9]*")) and not Path("/dev/kfd").exists():
         return 0

@@ -144,6 +144,9 @@ class MicroBatch:
     first_column: int = 0
     """Where the columns here begin in the row, where ranks share it out among them: `document_lengths`
     are those of the whole row all the same."""
+    shared: SharedRow | None = None
+    """Where documents share their beginnings: then the row is shorter than `document_lengths` say, and the
+    targets stand here alone (`targets` above is NO_TARGET everywhere)."""
 
     @property
     def num_tokens(self) -> int:
@@ -170,6 +173,9 @@ class Window:
     cuts: Sequence[Sequence[Int64[np.ndarray, " _documents"]]]
     """`cuts[rank][m]`: the example numbers of micro-batch m on that rank. Every rank has the
     same number of micro-batches; one may be empty."""
+    num_computed_tokens: int | None = None
+    """Tokens that forwards compute where examples of a micro-batch share their beginnings; None: nothing
+    is shared in this window, and every one of `num_tokens` is computed."""
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from pathlib import Path
 from burnish.checkpoint.fingerprints import fingerprints
 from burnish.config.schema import Config
 from burnish.data.count import count_windows
+from burnish.data.prefixes import Prefixes
 from burnish.data.prepare import prepare
 from burnish.data.tokenizer import load_tokenizer, padding_id, serialised, vocabulary_of
 from burnish.data.vocabulary import require_rows
@@ -28,7 +29,7 @@ from burnish.model.forward import SupervisedModel
 from burnish.model.load import load_model, load_model_config
 from burnish.model.objective import Objective
 from burnish.model.vocabulary import train_tokens
-from burnish.plan import ModelShape, explain_auto, make_plan, resolve_auto
+from burnish.plan import ModelShape, explain_auto, make_plan, resolve_auto, unshared
 from burnish.records import TrainState
 from burnish.report.run_files import write_run_files
 from burnish.runtime import (
@@ -96,7 +97,8 @@ def train(config: Config) -> RunResult:
     capability = can_isolate(model, config.model.attention, config.data.max_tokens, config.data.packing)
     sharing = config.engine.sequence_parallel
     parts, layout = max(1, ranks.world_size // sharing), (capability.packed, shape.cost_model(), sharing)
-    windows = plan_windows(data.train, config.data, config.batch, config.train, parts, *layout)
+    prefixes = Prefixes(data.train, unshared(config, device.type, capability.unshared))
+    windows = plan_windows(data.train, config.data, config.batch, config.train, parts, *layout, prefixes)
     choices = explain_auto(asked_for, config, memory)
     plan = make_plan(
         config, count_windows(windows, data.train), *world, device_type=device.type, choices=choices

@@ -97,6 +97,7 @@ def plain(case: Mapping[str, Any], ranks: Ranks, output_dir: Path) -> dict[str, 
         folder,
         evaluate=case.get("evaluate", False),
         tied=case.get("tied", False),
+        alike=case.get("alike", False),
     )
 
 

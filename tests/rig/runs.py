@@ -11,14 +11,16 @@ from typing import Any
 import torch
 
 from burnish.config.schema import Config
+from burnish.data.prefixes import Prefixes
 from burnish.data.windows import eval_cuts, plan_windows
 from burnish.engine.base import Engine
 from burnish.engine.build import build_engine, parameter_dtype
 from burnish.model.forward import SupervisedModel
+from burnish.plan import unshared
 from burnish.records import EvalStats, StepStats
 from burnish.runtime import Ranks
 from burnish.train.loop import Feed, TrainJob, train
-from rig.toy import toy_config, toy_model, toy_store
+from rig.toy import alike_store, toy_config, toy_model, toy_store
 
 
 @dataclass
@@ -45,16 +47,20 @@ def make_job(
     *,
     evaluate: bool = False,
     tied: bool = False,
+    alike: bool = False,
     model: SupervisedModel | None = None,
 ) -> TrainJob:
     device = torch.device("cpu")
     if model is None:
         model = toy_model(config, parameter_dtype(config, ranks), tied=tied)
     packed = config.data.packing != "off"
-    store = toy_store()
+    store = alike_store() if alike else toy_store()
     sharing = config.engine.sequence_parallel
     parts = ranks.world_size // sharing
-    windows = plan_windows(store, config.data, config.batch, config.train, parts, packed, sharing=sharing)
+    prefixes = Prefixes(store, unshared(config, "cpu", model.capability.unshared))
+    windows = plan_windows(
+        store, config.data, config.batch, config.train, parts, packed, sharing=sharing, prefixes=prefixes
+    )
     held_out = toy_store(11, seed=5) if evaluate else None
     return TrainJob(
         config=config,
@@ -78,10 +84,12 @@ def run_case(
     *,
     evaluate: bool = False,
     tied: bool = False,
+    alike: bool = False,
     before: Callable[[TrainJob], TrainJob] = lambda job: job,
 ) -> dict[str, Any]:
     """Train the toy; returns losses, norms, example numbers, evaluations and a weights' hash."""
-    job = before(make_job(toy_config(output_dir, settings), ranks, evaluate=evaluate, tied=tied))
+    config = toy_config(output_dir, settings)
+    job = before(make_job(config, ranks, evaluate=evaluate, tied=tied, alike=alike))
     train(job)
     return summary(job)
 

@@ -58,12 +58,26 @@ def toy_store(num_examples: int = 27, seed: int = 0) -> ExampleStore:
     return ExampleStore.from_examples(examples)
 
 
-def toy_llama(seed: int = 1, tied: bool = False) -> LlamaForCausalLM:
+def alike_store() -> ExampleStore:
+    """24 examples: three prompts, eight answers to each."""
+    random = np.random.default_rng(0)
+    prompts = [random.integers(1, VOCABULARY, 32 + i) for i in range(3)]
+    examples = []
+    for i in range(24):
+        answer = random.integers(1, VOCABULARY, int(random.integers(2, 7)))
+        tokens = np.concatenate([prompts[i % 3], answer]).astype(np.int32)
+        weights = np.zeros(len(tokens), np.float32)
+        weights[20:24], weights[-len(answer) :] = 0.5, 1.0  # the prompt has targets too
+        examples.append(Example("alike", f"toy:{i}", tokens, weights))
+    return ExampleStore.from_examples(examples)
+
+
+def toy_llama(seed: int = 1, tied: bool = False, mlp_width: int = 48) -> LlamaForCausalLM:
     torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=VOCABULARY,
         hidden_size=32,
-        intermediate_size=48,
+        intermediate_size=mlp_width,
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
@@ -92,9 +106,11 @@ def toy_mixtral(seed: int = 1) -> MixtralForCausalLM:
     return MixtralForCausalLM(config)
 
 
-def toy_model(config: Config, dtype: torch.dtype, tied: bool = False) -> SupervisedModel:
+def toy_model(
+    config: Config, dtype: torch.dtype, tied: bool = False, mlp_width: int = 48
+) -> SupervisedModel:
     """The supervised model as run.py makes it, without the folder."""
-    capability_model: PreTrainedModel = toy_llama(tied=tied)
+    capability_model: PreTrainedModel = toy_llama(tied=tied, mlp_width=mlp_width)
     if config.train.router_aux_loss:
         capability_model = toy_mixtral()
     capability = can_isolate(capability_model)
@@ -104,6 +120,6 @@ def toy_model(config: Config, dtype: torch.dtype, tied: bool = False) -> Supervi
         config.adapter,
         config.model.activation_checkpointing,
         freeze=config.model.freeze,
+        mlp_tile_tokens=config.model.mlp_tile_tokens,
     )
     return SupervisedModel(adapted, capability, Objective.of(config.train))
-        mlp_tile_tokens=config.model.mlp_tile_tokens,

@@ -121,6 +121,8 @@ class DataConfig(_Section):
     """What becomes of control tokens that someone typed into a text."""
     packing: Literal["auto", "on", "off"] = "auto"
     """Lay documents end to end; auto does where the model keeps them apart."""
+    share_prefix: Literal["auto", "on", "off"] = "auto"
+    """Compute once what examples of a forward begin with; auto does where it is exact and pays (on a CPU)."""
     bad_rows: Literal["error", "drop"] = "error"
     """What becomes of a row that cannot be trained on."""
     bad_row_rules: dict[str, Literal["error", "drop", "fix"]] = Field(default_factory=dict)

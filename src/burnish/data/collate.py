@@ -5,6 +5,9 @@ weights as read  0  0  1  1 | 0  1  1          of the token itself
 position_ids     0  1  2  3 | 0  1  2
 targets          -  c  d  - | f  g  -          position i has to produce token i+1 ...
 weights          0  1  1  0 | 1  1  0          ... with the weight of token i+1
+
+Where documents share their beginnings, a b c d and a b e are laid out as a b | c d | e: b has two targets,
+c and e, and a's target b has the weights of both documents.
 """
 
 from __future__ import annotations
@@ -14,11 +17,16 @@ from collections.abc import Sequence
 import numpy as np
 from jaxtyping import Float32, Int64
 
-from burnish.records import NO_TARGET, Example, MicroBatch
+from burnish.data.prefix_tree import PrefixTree, grow, sort_by_tokens
+from burnish.records import NO_TARGET, Example, MicroBatch, SharedRow
 
 
 def collate(
-    examples: Sequence[Example], example_ids: Sequence[int] | np.ndarray, packed: bool, pad_token_id: int
+    examples: Sequence[Example],
+    example_ids: Sequence[int] | np.ndarray,
+    packed: bool,
+    pad_token_id: int,
+    share_prefixes: bool = False,
 ) -> MicroBatch:
     """Lay examples out for one forward, with targets and their weights.
 
@@ -27,6 +35,7 @@ def collate(
         example_ids: Their numbers, as long as `examples`.
         packed: One row with the documents end to end, or else one row per document.
         pad_token_id: Fills the rest of a padded row, and is the stand-in's only token.
+        share_prefixes: Lay tokens that documents of a packed row begin with out once.
 
     Returns:
         Shapes as in `MicroBatch`. A position has a target when the next token of the same
@@ -42,6 +51,11 @@ def collate(
     lengths = np.fromiter((len(e.token_ids) for e in examples), np.int32, len(examples))
     if lengths.min() < 1:
         raise ValueError(f"example {examples[int(lengths.argmin())].row} has no tokens")
+    if packed and share_prefixes:
+        order, common = sort_by_tokens([e.token_ids for e in examples])
+        tree = grow(lengths[order].tolist(), common.tolist())
+        if tree.is_shared:
+            return _share([examples[i] for i in order], np.asarray(example_ids, np.int64)[order], tree)
 
     tokens = np.concatenate([e.token_ids for e in examples]).astype(np.int64)
     starts = np.cumsum(lengths, dtype=np.int64) - lengths
@@ -87,6 +101,42 @@ def _shift(
     targets = np.full(len(tokens), NO_TARGET, np.int64)
     targets[:-1] = np.where(has_target[:-1], tokens[1:], NO_TARGET)
     return targets, next_weights
+
+
+def _share(
+    examples: Sequence[Example], example_ids: Int64[np.ndarray, " documents"], tree: PrefixTree
+) -> MicroBatch:
+    """One row for documents in the order of their tree, and every target once for each column."""
+    pieces = zip(tree.document.tolist(), tree.first.tolist(), tree.size.tolist(), strict=True)
+    tokens = np.concatenate([examples[d].token_ids[first : first + size] for d, first, size in pieces])
+    positions = np.concatenate(
+        [np.arange(a, a + n) for a, n in zip(tree.first.tolist(), tree.size.tolist(), strict=True)]
+    )
+    columns, targets, weights = [], [], []
+    for document, example in enumerate(examples):
+        trained = np.flatnonzero(example.trained)
+        columns.append(tree.columns(document)[trained - 1])
+        targets.append(example.token_ids[trained].astype(np.int64))
+        weights.append(example.weights[trained])
+    pairs = np.stack([np.concatenate(columns), np.concatenate(targets)])
+    unique, which = np.unique(pairs, axis=1, return_inverse=True)
+    summed = np.bincount(which.reshape(-1), np.concatenate(weights), minlength=unique.shape[1])
+    begins = tree.begins()
+    return MicroBatch(
+        token_ids=tokens.astype(np.int64)[None],
+        position_ids=positions[None],
+        targets=np.full((1, len(tokens)), NO_TARGET, np.int64),
+        weights=np.zeros((1, len(tokens)), np.float32),
+        document_lengths=np.array([len(e.token_ids) for e in examples], np.int32),
+        example_ids=example_ids,
+        packed=True,
+        shared=SharedRow(
+            segments=np.stack([begins, begins + tree.size, tree.ends()]).astype(np.int32),
+            columns=unique[0],
+            targets=unique[1],
+            weights=summed.astype(np.float32),
+        ),
+    )
 
 
 def _scatter(

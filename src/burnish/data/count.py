@@ -8,10 +8,10 @@ leaves open is packed to see.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
-from jaxtyping import Int64
+from jaxtyping import Bool, Int64
 
 from burnish.data.pack import imbalance, num_micro_batches_of_many, pack_window
 from burnish.data.windows import ExampleCounts, WindowPlan
@@ -22,6 +22,9 @@ _CHUNK_EXAMPLES = 1 << 20
 _SAMPLED_WINDOWS = 1000
 _SAMPLED_EXAMPLES = 1 << 20
 """The imbalance is measured on so many windows and examples at most (about a second), evenly spread."""
+_SHARED_WINDOWS = 2000
+"""Where more windows may share beginnings, so many of them, evenly spread, stand for all: their tokens have
+to be read."""
 
 
 @dataclass
@@ -34,10 +37,15 @@ class _Sums:
     least_windows: int = 0
     most_window_tokens: int = 0
     longest: int = 0
+    may_share: list[Bool[np.ndarray, " windows"]] = field(default_factory=list)
+    window_tokens: list[Int64[np.ndarray, " windows"]] = field(default_factory=list)
 
 
 def count_windows(plan: WindowPlan, counts: ExampleCounts) -> WindowCounts:
-    """Count steps, tokens and micro-batches of a run: equal to the sums over `plan.window`, always.
+    """Count steps, tokens and micro-batches of a run: equal to the sums over `plan.window`.
+
+    Only where very many windows share beginnings are micro-batches and computed tokens estimated, from
+    `_SHARED_WINDOWS` of them.
 
     Args:
         plan: The run's windows.
@@ -52,6 +60,9 @@ def count_windows(plan: WindowPlan, counts: ExampleCounts) -> WindowCounts:
         micro, least = num_micro_batches_of_many(lengths, starts, plan.world_size, plan.budget, plan.packed)
         num_micro.append(micro)
         sums.least_windows += int((micro == least).sum())
+        sums.window_tokens.append(window_tokens)
+        if plan.prefixes is not None and plan.prefixes.problem is None:
+            sums.may_share.append(plan.prefixes.may_share(example_ids, starts))
         sums.num_tokens += int(window_tokens.sum())
         sums.num_supervised += int(counts.num_supervised[example_ids].sum())
         sums.squared += float(np.square(lengths.astype(np.float64)).sum())
@@ -59,6 +70,7 @@ def count_windows(plan: WindowPlan, counts: ExampleCounts) -> WindowCounts:
         sums.longest = max(sums.longest, int(lengths.max()))
         per_source += np.bincount(counts.source_ids[example_ids], minlength=len(per_source))
     per_step = np.concatenate(num_micro)
+    computed, num_looked_at = _count_shared(plan, sums, per_step)
     excess = _sample_imbalance(plan, counts)
     return WindowCounts(
         num_steps=plan.num_steps,
@@ -81,7 +93,38 @@ def count_windows(plan: WindowPlan, counts: ExampleCounts) -> WindowCounts:
         examples_per_source=dict(zip(counts.source_names, per_source.tolist(), strict=True)),
         packed=plan.packed,
         world_size=plan.world_size,
+        num_computed_tokens=computed,
+        num_computed_windows=num_looked_at,
+        unshared=None if plan.prefixes is None else plan.prefixes.problem,
     )
+
+
+def _count_shared(
+    plan: WindowPlan, sums: _Sums, per_step: Int64[np.ndarray, " windows"]
+) -> tuple[int | None, int]:
+    """Tokens left to compute (None: all), and on how many windows that was counted.
+
+    `per_step`, micro-batches of each window, is set to what it is where beginnings are shared.
+    """
+    if not sums.may_share:
+        return None, 0
+    steps = np.flatnonzero(np.concatenate(sums.may_share))
+    if not len(steps):
+        return None, 0
+    tokens = np.concatenate(sums.window_tokens)
+    computed = tokens.copy()
+    looked_at = steps[np.linspace(0, len(steps) - 1, min(len(steps), _SHARED_WINDOWS)).astype(int)]
+    found = [plan.shared_cuts(plan.example_ids(int(step) + 1)) for step in looked_at]
+    # A window that was not looked at is taken for the one before it that was.
+    like = np.searchsorted(looked_at, steps, side="right") - 1
+    for step, which in zip(steps.tolist(), like.tolist(), strict=True):
+        cut = found[which]
+        if cut is not None:
+            share = cut.num_computed_tokens / int(tokens[looked_at[which]])
+            computed[step] = round(share * int(tokens[step]))
+            per_step[step] = len(cut.cuts[0])
+    total = int(computed.sum())
+    return (total if total < sums.num_tokens else None), len(looked_at)
 
 
 def _most_micro_tokens(plan: WindowPlan, sums: _Sums) -> int:
@@ -115,6 +158,10 @@ def _sample_imbalance(plan: WindowPlan, counts: ExampleCounts) -> list[float]:
     excess: list[float] = []
     for step in np.linspace(1, plan.num_steps, num).astype(int).tolist():
         lengths = counts.num_tokens[plan.example_ids(step)].astype(np.int64)
+        shared = plan.shared_cuts(plan.example_ids(step))
+        if shared is not None:
+            excess.append(max(shared.rank_costs) * plan.world_size / sum(shared.rank_costs) - 1)
+            continue
         cuts = pack_window(lengths, plan.world_size, plan.budget, plan.cost, plan.packed)
         excess.append(imbalance(lengths, cuts, plan.cost, plan.packed))
     return excess

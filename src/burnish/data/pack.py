@@ -38,6 +38,7 @@ def pack_window(
     budget: MicroBudget,
     cost: CostModel,
     packed: bool = True,
+    costs: Float64[np.ndarray, " n"] | None = None,
 ) -> Cuts:
     """Cut the documents of one window among ranks and micro-batches.
 
@@ -50,6 +51,7 @@ def pack_window(
         budget: Most tokens (padding included) and documents of a micro-batch.
         cost: What to balance over ranks.
         packed: Documents end to end, or one padded row for each.
+        costs: Of each packed document, where they are not what `cost` makes of its length.
 
     Raises:
         ConfigError: A document is longer than the budget.
@@ -58,7 +60,9 @@ def pack_window(
     by_length = np.argsort(-lengths, kind="stable")
     descending = lengths[by_length]
     if packed:
-        ranks = _pack(descending, num_ranks, budget, cost)
+        if costs is None:
+            costs = cost.per_token * lengths + cost.per_token_squared * lengths.astype(np.float64) ** 2
+        ranks = _pack(descending, num_ranks, budget, costs[by_length])
     else:
         ranks = _pad(descending, num_ranks, budget, cost)
     return [[by_length[np.asarray(bin_, dtype=np.int64)] for bin_ in rank] for rank in ranks]
@@ -256,10 +260,9 @@ def _nearest_subset(lengths: Sequence[int], room: int) -> list[int]:
 
 
 def _pack(
-    descending: np.ndarray, num_ranks: int, budget: MicroBudget, cost: CostModel
+    descending: np.ndarray, num_ranks: int, budget: MicroBudget, costs: Float64[np.ndarray, " n"]
 ) -> list[list[list[int]]]:
     num_micro = _num_packed(descending, num_ranks, budget)
-    costs = cost.per_token * descending + cost.per_token_squared * descending.astype(np.float64) ** 2
     ranks = _spread(descending.tolist(), costs.tolist(), num_ranks, num_micro, budget)
     if ranks is None:  # too tight to balance freely: take the tight bins and deal those out
         bins = _tight_bins(descending, num_ranks, num_micro, budget)

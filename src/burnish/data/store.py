@@ -5,6 +5,7 @@ record batch of numbers per example, which planning reads whole):
 
     tokens.arrow   token_ids list<int32> | weights list<float32> | row text | warnings list<text>
     index.arrow    length | supervised | weight | tokens_cut | supervised_cut | hash_low | hash_high | piece
+                   | prefix
 
 A store is a choice of examples out of some parts: the training set and the evaluation set may share
 the same files.
@@ -21,6 +22,7 @@ import pyarrow as pa
 import xxhash
 from jaxtyping import Float64, Int32, Int64, UInt64
 
+from burnish.data.prefix_tree import MIN_PREFIX_TOKENS
 from burnish.records import Example
 
 TOKENS_FILE = "tokens.arrow"
@@ -46,6 +48,7 @@ INDEX_SCHEMA = pa.schema(
         pa.field("hash_low", pa.uint64()),
         pa.field("hash_high", pa.uint64()),
         pa.field("piece", pa.int64()),
+        pa.field("prefix", pa.uint64()),
     ]
 )
 
@@ -98,8 +101,16 @@ def index_batch(
         pa.array([value & mask for value in row_hashes], pa.uint64()),
         pa.array([value >> 64 for value in row_hashes], pa.uint64()),
         pa.array(pieces, pa.int64()),
+        pa.array([_prefix_hash(e.token_ids) for e in examples], pa.uint64()),
     ]
     return pa.RecordBatch.from_arrays(columns, schema=INDEX_SCHEMA)
+
+
+def _prefix_hash(token_ids: Int32[np.ndarray, " tokens"]) -> int:
+    """Equal for examples that begin with the same tokens, as many as are worth sharing; 0 for fewer."""
+    if len(token_ids) < MIN_PREFIX_TOKENS:
+        return 0
+    return xxhash.xxh3_64_intdigest(token_ids[:MIN_PREFIX_TOKENS].tobytes())
 
 
 @final
@@ -321,6 +332,11 @@ class ExampleStore:
     def pieces(self) -> Int64[np.ndarray, " examples"]:
         """Which piece of its row each example is, from 0; above 0 only where rows were split."""
         return self._column("piece", np.int64)
+
+    @property
+    def prefix_hashes(self) -> UInt64[np.ndarray, " examples"]:
+        """A hash of each example's first `MIN_PREFIX_TOKENS` tokens, 0 where it has fewer."""
+        return self._column("prefix", np.uint64)
 
     def place(self, number: int) -> str:
         """`file:line` of the row that example `number` came from."""

@@ -17,6 +17,8 @@ from jaxtyping import Float64, Int32, Int64
 
 from burnish.config.schema import BatchConfig, DataConfig, TrainConfig
 from burnish.data.pack import Cuts, check_lengths, pack_window
+from burnish.data.prefixes import Prefixes
+from burnish.data.shared_packing import SharedCuts, pack_alike
 from burnish.errors import DataError, Problem
 from burnish.plan import DEFAULT_GLOBAL_EXAMPLES, DEFAULT_MICRO_TOKENS, CostModel, MicroBudget
 from burnish.records import Window
@@ -98,6 +100,7 @@ class WindowPlan:
         packed: bool,
         cost: CostModel,
         sharing: int,
+        prefixes: Prefixes | None,
     ) -> None:
         self._counts = counts
         self._seed = train.seed
@@ -109,6 +112,8 @@ class WindowPlan:
         self.packed = packed
         self.cost = cost
         self.budget = micro_budget(data, batch)
+        limited = self.budget.tokens is not None and self.budget.examples is None
+        self.prefixes = prefixes if packed and limited else None
         check_lengths(counts.num_tokens, self.budget)
         self.num_examples_per_epoch = len(counts.num_tokens)
         self._cached_order: tuple[int, Int64[np.ndarray, " examples"]] | None = None
@@ -133,7 +138,11 @@ class WindowPlan:
         epoch = self._locate(step)[0]
         example_ids = self.example_ids(step)
         lengths = self._counts.num_tokens[example_ids].astype(np.int64)
-        cuts = pack_window(lengths, self.world_size, self.budget, self.cost, self.packed)
+        shared = self.shared_cuts(example_ids)
+        if shared is None:
+            cuts = pack_window(lengths, self.world_size, self.budget, self.cost, self.packed)
+        else:
+            cuts = shared.cuts
         return Window(
             step=step,
             epoch=epoch,
@@ -142,7 +151,16 @@ class WindowPlan:
             num_tokens=int(lengths.sum()),
             num_supervised_tokens=int(self._counts.num_supervised[example_ids].sum()),
             cuts=tuple(tuple(example_ids[cut] for cut in cuts[i]) for i in self._cut_of_ranks()),
+            num_computed_tokens=None if shared is None else shared.num_computed_tokens,
         )
+
+    def shared_cuts(self, example_ids: Int64[np.ndarray, " examples"]) -> SharedCuts | None:
+        """How a window of these examples is cut where beginnings are shared; None where none are."""
+        alike = None if self.prefixes is None else self.prefixes.alike(example_ids)
+        if alike is None:
+            return None
+        lengths = self._counts.num_tokens[example_ids].astype(np.int64)
+        return pack_alike(lengths, alike, self.world_size, self.budget, self.cost)
 
     def _cut_of_ranks(self) -> Iterator[int]:
         """Which cut each rank takes, rank by rank."""
@@ -251,6 +269,7 @@ def plan_windows(
     packed: bool,
     cost: CostModel | None = None,
     sharing: int = 1,
+    prefixes: Prefixes | None = None,
 ) -> WindowPlan:
     """Plan every window of a run.
 
@@ -267,6 +286,7 @@ def plan_windows(
         cost: What to balance over ranks; `ModelShape.cost_model` knows better than the default.
         sharing: So many consecutive ranks take the same cut (they share its sequences): a window's cuts
             are those of `world_size * sharing` ranks.
+        prefixes: Beginnings that examples of a micro-batch are to share; None where nothing is shared.
 
     Raises:
         DataError: There is no example, or a weighted source has none.
@@ -274,7 +294,8 @@ def plan_windows(
     """
     if len(counts.num_tokens) == 0:
         raise DataError(Problem("data.train", "there is no example to train on"))
-    return WindowPlan(counts, data, batch, train, world_size, packed, cost or CostModel(), sharing)
+    cost = cost or CostModel()
+    return WindowPlan(counts, data, batch, train, world_size, packed, cost, sharing, prefixes)
 
 
 def eval_cuts(

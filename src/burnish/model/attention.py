@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from transformers import PreTrainedModel
@@ -23,9 +24,11 @@ from transformers import PreTrainedModel
 from burnish.errors import ConfigError, Problem
 from burnish.model.anatomy import body_of, causal_model, head_of
 from burnish.model.document_attention import ATTENTION_NAME, document_mask, register_attention
+from burnish.model.prefix_attention import prefix_mask, prefix_numbers
 from burnish.model.surrogate import REFUSALS, build_surrogate
 from burnish.model.vision import has_vision
 from burnish.model.windows_asked import windows_disagree
+from burnish.plan import unsuited
 
 PROBE_LENGTHS = (7, 6)
 """Tokens of the two documents of a trial."""
@@ -46,6 +49,8 @@ class Capability:
     """Why it is not packed, or what was checked; for the plan and for people."""
     fused_head: bool = False
     """The head is one matrix, and `head_shape` says right what becomes of its output."""
+    unshared: str | None = "documents are not packed"
+    """Why documents may not share the computation of what they begin with; None where they may."""
 
 
 def can_isolate(
@@ -107,7 +112,8 @@ def _try_out(model: PreTrainedModel, choice: str, max_tokens: int | None, packin
     problem = _rope_mixes(model, max_tokens) or verify_isolation(model)
     if problem is not None:
         return Capability(False, padded, problem, fused)
-    return Capability(True, ATTENTION_NAME, "packed documents equal documents alone", fused)
+    unshared = unsuited(model.config.to_dict(), max_tokens) or verify_sharing(model)
+    return Capability(True, ATTENTION_NAME, "packed documents equal documents alone", fused, unshared)
 
 
 def _require_causal(model: PreTrainedModel) -> None:
@@ -186,6 +192,39 @@ def verify_isolation(model: PreTrainedModel) -> str | None:
     if not _close(packed, alone):
         return "packed documents give other hidden states than documents alone"
     return windows_disagree(model, lambda: _alone(body, one))
+
+
+def verify_sharing(model: PreTrainedModel) -> str | None:
+    """Compare two documents that begin alike, their beginning computed once, with each alone.
+
+    Returns:
+        None if they are equal; otherwise what is wrong.
+    """
+    body = body_of(model)
+    assert body is not None  # documents could be packed
+    begin, _, end = _probe_tokens(model)
+    documents = [torch.cat([begin, end]), torch.cat([begin, end[1:]])]
+    num = len(begin)
+    row = torch.cat([*documents[:1], documents[1][num:]])
+    stops = [num, len(documents[0]), len(row)]
+    segments = np.array([[0, *stops[:2]], stops, [len(row), *stops[1:]]], np.int32)
+    model.set_attn_implementation("eager")
+    alone = [_alone(body, document) for document in documents]
+    model.set_attn_implementation(ATTENTION_NAME)
+    device = next(body.parameters()).device
+    positions = torch.cat([torch.arange(stops[1]), torch.arange(num, len(documents[1]))])
+    numbers = torch.from_numpy(prefix_numbers(segments)).to(device)
+    try:
+        shared = body(
+            input_ids=row.to(device)[None],
+            position_ids=positions.to(device)[None],
+            attention_mask=prefix_mask(numbers, 3, len(documents[0])),
+            use_cache=False,
+        )[0][0]
+    except REFUSALS as error:
+        return f"{type(model).__name__} cannot be given shared beginnings: {error}"
+    same = _close(shared, torch.cat([alone[0], alone[1][num:]]))
+    return None if same else "documents that share a beginning give other hidden states than alone"
 
 
 def verify_head(model: PreTrainedModel) -> bool:

@@ -20,6 +20,12 @@ from jaxtyping import Float, Int32
 from torch import nn
 
 from burnish.model.cpu_kernel import causal_mask, document_flash_attention
+from burnish.model.prefix_attention import (
+    is_prefix_mask,
+    segments_of,
+    shared_flash_attention,
+    shared_varlen_attention,
+)
 
 ATTENTION_NAME = "burnish"
 """Under this name transformers knows our attention function, once `register_attention` was called."""
@@ -81,7 +87,7 @@ def document_mask(bounds: Int32[torch.Tensor, " bounds"], longest: int) -> Docum
 
 
 def is_document_mask(mask: torch.Tensor | None) -> bool:
-    """Whether an attention mask carries document boundaries."""
+    """Whether an attention mask carries document boundaries, or the segments of a `prefix_mask`."""
     return mask is not None and mask.dtype == torch.int32 and mask.dim() == 4
 
 
@@ -105,7 +111,7 @@ def document_attention(  # noqa: PLR0913, PLR0917 (transformers calls it by thes
         query: `[1, heads, tokens, width]`, documents end to end.
         key: `[1, key_heads, tokens, width]`.
         value: The same.
-        attention_mask: A `document_mask`; anything else goes to transformers' SDPA.
+        attention_mask: A `document_mask` or a `prefix_mask`; anything else goes to transformers' SDPA.
         scaling: Factor on the scores; `1 / sqrt(width)` if None.
         dropout: Probability of dropping an attention weight.
         sliding_window: How many tokens a token sees, itself included.
@@ -131,6 +137,8 @@ def document_attention(  # noqa: PLR0913, PLR0917 (transformers calls it by thes
     if query.shape[0] != 1 or query.shape[2] != key.shape[2]:
         raise UnsupportedAttentionError("packed documents need one row and as many keys as queries")
     plain = scores.plain and query.shape[-1] == value.shape[-1]
+    if is_prefix_mask(attention_mask):
+        return _with_prefixes(query, key, value, attention_mask, scores, plain), None
     if plain and query.device.type == "cpu":
         bounds = attention_mask[0, 0, 0].tolist()
         return document_flash_attention(query, key, value, bounds, scale, sliding_window), None
@@ -198,6 +206,31 @@ def _varlen(
     )
     assert isinstance(out, torch.Tensor)  # a tuple only where auxiliary results are asked for
     return out[None]
+
+
+def _with_prefixes(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor,
+    scores: Scores,
+    plain: bool,
+) -> Float[torch.Tensor, "1 tokens heads value_width"]:
+    """Rows in which documents share their beginnings."""
+    window = scores.window if scores.window is not None and scores.window < mask.shape[2] else None
+    if plain and query.device.type == "cpu" and window is None:
+        return shared_flash_attention(query, key, value, segments_of(mask), scores.scale)
+    if plain and query.device.type == "cuda" and _fits_varlen(query):
+        dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else query.dtype
+        q, k, v = (x[0].transpose(0, 1).to(dtype) for x in (query, key, value))
+        return shared_varlen_attention(q, k, v, mask, scores.scale, window)
+    segments, outs = segments_of(mask), []
+    for i, (begin, stop) in enumerate(zip(segments.begins, segments.stops, strict=True)):
+        runs = segments.keys(i)
+        k, v = (torch.cat([x[:, :, a:b] for a, b in runs], dim=2) for x in (key, value))
+        seen = causal_mask(k.shape[2], window, query.device)[begin - stop :]
+        outs.append(_written_out(query[:, :, begin:stop], k, v, seen, scores))
+    return torch.cat(outs, dim=1)
 
 
 def _one_by_one(

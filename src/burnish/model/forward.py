@@ -24,7 +24,8 @@ from burnish.model.document_attention import document_mask
 from burnish.model.extras import Balance, balancing_loss, noisy_embeddings
 from burnish.model.head import supervised_loss, token_nll
 from burnish.model.objective import PLAIN, Objective
-from burnish.records import NO_TARGET, MicroBatch
+from burnish.model.prefix_attention import is_prefix_mask, prefix_mask, prefix_numbers
+from burnish.records import NO_TARGET, MicroBatch, SharedRow
 
 
 @dataclass(frozen=True)
@@ -35,13 +36,14 @@ class DeviceBatch:
     token_ids: Int64[torch.Tensor, "rows columns"]
     position_ids: Int64[torch.Tensor, "rows columns"]
     attention_mask: torch.Tensor
-    """Packed: the boundaries (`document_mask`). Padded: 1 for tokens, 0 for padding, per row."""
+    """Packed: the boundaries (`document_mask`), or the segments where documents share their beginnings
+    (`prefix_mask`). Padded: 1 for tokens, 0 for padding, per row."""
     supervised: Int64[torch.Tensor, " targets"]
     """Where there is a target: numbers into the rows laid end to end."""
     targets: Int64[torch.Tensor, " targets"]
     weights: Float32[torch.Tensor, " targets"]
     documents: Int64[torch.Tensor, " targets"]
-    """To which document each target belongs."""
+    """To which document each target belongs; 0 where documents share beginnings and targets with them."""
     lengths: Int64[torch.Tensor, " documents"]
     packed: bool
 
@@ -61,6 +63,8 @@ class DeviceBatch:
 
 def to_device(micro_batch: MicroBatch, device: torch.device) -> DeviceBatch:
     """Move a micro-batch to the device, its supervised positions gathered."""
+    if micro_batch.shared is not None:
+        return _shared_to_device(micro_batch, micro_batch.shared, device)
     lengths = micro_batch.document_lengths
     rows, columns = micro_batch.token_ids.shape
     targets = micro_batch.targets.reshape(-1)
@@ -84,6 +88,22 @@ def to_device(micro_batch: MicroBatch, device: torch.device) -> DeviceBatch:
         documents=_move(document_of[supervised + micro_batch.first_column].astype(np.int64), device),
         lengths=_move(lengths.astype(np.int64), device),
         packed=micro_batch.packed,
+    )
+
+
+def _shared_to_device(micro_batch: MicroBatch, shared: SharedRow, device: torch.device) -> DeviceBatch:
+    lengths = micro_batch.document_lengths
+    numbers = _move(prefix_numbers(shared.segments), device)
+    return DeviceBatch(
+        token_ids=_move(micro_batch.token_ids, device),
+        position_ids=_move(micro_batch.position_ids, device),
+        attention_mask=prefix_mask(numbers, shared.segments.shape[1], int(lengths.max())),
+        supervised=_move(shared.columns, device),
+        targets=_move(shared.targets, device),
+        weights=_move(shared.weights, device),
+        documents=_move(np.zeros(len(shared.columns), np.int64), device),
+        lengths=_move(lengths.astype(np.int64), device),
+        packed=True,
     )
 
 
@@ -151,10 +171,15 @@ class SupervisedModel(nn.Module):
             per_document: One sum per document, without gradients and noise: for evaluation.
 
         Raises:
-            ValueError: The micro-batch is packed and the model must not be given packed ones.
+            ValueError: The micro-batch is packed and the model must not be given packed ones; or its
+                documents share their beginnings, and something is wanted of each of them.
         """
         if batch.packed and not self.capability.packed:
             raise ValueError(f"this model needs padded micro-batches: {self.capability.reason}")
+        if is_prefix_mask(batch.attention_mask) and (
+            per_document or self.objective.neftune_alpha or self._balance is not None
+        ):
+            raise ValueError("documents that share tokens cannot be told apart")
         if per_document:
             with torch.no_grad():
                 nll = self._token_nll(batch) * batch.weights

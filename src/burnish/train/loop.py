@@ -132,7 +132,8 @@ def train_step(
     for example_ids in window.cuts[ranks.rank]:
         asked = time.perf_counter()
         examples = [feed.store[int(i)] for i in example_ids]
-        micro_batch = collate(examples, example_ids, feed.packed, feed.pad_token_id)
+        shares = window.num_computed_tokens is not None
+        micro_batch = collate(examples, example_ids, feed.packed, feed.pad_token_id, shares)
         data_seconds += time.perf_counter() - asked
         sums[0] += engine.forward_backward(micro_batch, window.total_weight)
     asked = time.perf_counter()
