@@ -79,3 +79,16 @@ def test_phases_add_up_and_start_anew() -> None:
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the settings are glibc's")
 def test_glibc_takes_the_settings() -> None:
     assert keep_freed_memory()
+
+
+def test_a_confident_and_a_hopeless_target_keep_their_digits() -> None:
+    """A share near 1 leaves a small slope, one that underflows a large loss: neither becomes 0 or inf."""
+    hidden = torch.tensor([[12.0], [-150.0]], requires_grad=True)
+    weight = torch.tensor([[1.0], [0.0], [-0.5]], requires_grad=True)
+    targets, ones = torch.tensor([0, 0]), torch.ones(2)
+    exact = nn.functional.cross_entropy(hidden.double() @ weight.double().T, targets, reduction="sum")
+    expected = torch.autograd.grad(exact, (hidden, weight))
+    loss = supervised_loss(hidden, weight, None, targets, ones, HeadShape())
+    torch.testing.assert_close(loss.double(), exact, rtol=1e-6, atol=0)
+    for found, right in zip(torch.autograd.grad(loss, (hidden, weight)), expected, strict=True):
+        torch.testing.assert_close(found, right, rtol=2e-2, atol=0)

@@ -117,6 +117,10 @@ class _Work:
             rows = slice(begin, begin + self.block_rows)
             block, slope = self._shaped(logits[rows])
             at_target = targets[rows, None]
+            if objective is not None and not objective.z_loss and not objective.label_smoothing:
+                nll[rows], shares = _nll_and_slope(block, at_target)
+                logits[rows] = shares if slope is None else shares.mul_(slope)
+                continue
             log_shares = torch.log_softmax(block, dim=-1)
             nll[rows] = -log_shares.gather(1, at_target)[:, 0]
             if objective is None:
@@ -154,6 +158,20 @@ def _chunk_rows(num_targets: int) -> int:
     would cost a pass over the whole head's gradient for a few rows."""
     num_chunks = max(1, math.ceil(num_targets / MIN_CHUNK_ROWS - 0.25))
     return max(1, math.ceil(num_targets / num_chunks))
+
+
+def _nll_and_slope(block: torch.Tensor, at_target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Negative log-likelihood of each row's target, and its derivative by the row's logits.
+
+    One softmax instead of a log_softmax and its exponential: the normaliser is found again from the
+    largest share, which is `exp(largest logit - normaliser)` and cannot underflow.
+    """
+    largest, own = block.amax(-1, keepdim=True), block.gather(1, at_target)
+    shares = torch.softmax(block, dim=-1)
+    nll = (largest - own) - shares.amax(-1, keepdim=True).log_()
+    # softmax - 1 at the target
+    shares.scatter_(1, at_target, torch.expm1(-nll))
+    return nll[:, 0], shares
 
 
 def _add(total: torch.Tensor, part: torch.Tensor, first: bool) -> None:
