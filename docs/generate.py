@@ -155,12 +155,44 @@ def exit_codes() -> str:
     return _table(("code", "meaning"), [[f"`{code}`", says[name]] for name, code in codes.items()])
 
 
+def models() -> str:
+    """What `python -m breadth` saw of every family; `tests/model/test_model_breadth.py` looks again."""
+    sys.path.insert(0, str(DOCS.parent / "tests"))
+    from breadth.checks import YES, read_seen
+    from breadth.families import NOT_BUILT
+
+    def short(answer: str) -> str:
+        return "no, refused" if answer == "refused" else _cell(answer)
+
+    seen = list(read_seen().values())
+    trained = [row for row in seen if row.equal == YES]
+    rows = [
+        [
+            ", ".join(f"`{name}`" for name in (row.family, *row.aliases)),
+            "packed" if row.packed else f"padded: {_cell(row.reason)}",
+            f"`{row.attention}`",
+            "supervised rows" if row.fused_head else "the model's own",
+            *(short(answer) for answer in (row.lora, row.recompute, row.zero3)),
+        ]
+        for row in trained
+    ]
+    heads = ("family", "documents", "attention", "head", "LoRA", "recomputation", "ZeRO-3")
+    left = [[f"`{row.family}`", _cell(row.reason)] for row in seen if row not in trained]
+    left += [[f"`{family}`", f"not tried: {why}"] for family, why in NOT_BUILT.items()]
+    version, packed = importlib.metadata.version("transformers"), sum(row.packed for row in trained)
+    return (
+        f"Made with transformers {version}: {len(trained)} families, {packed} of them packed.\n\n"
+        f"{_table(heads, rows)}\nNot trained:\n\n{_table(('family', 'why'), sorted(left))}"
+    )
+
+
 TABLES: Mapping[str, Callable[[], str]] = {
     "keys": keys,
     "formats": formats,
     "rules": rules,
     "templates": templates,
     "exit_codes": exit_codes,
+    "models": models,
 }
 
 

@@ -24,7 +24,7 @@ from burnish.engine.build import build_engine, model_init_context, parameter_dty
 from burnish.export import Exporter
 from burnish.metrics import MetricsWriter
 from burnish.model.adapt import adapt
-from burnish.model.attention import can_isolate
+from burnish.model.attention import asked, can_isolate
 from burnish.model.forward import SupervisedModel
 from burnish.model.load import load_model, load_model_config
 from burnish.model.objective import Objective
@@ -94,7 +94,7 @@ def train(config: Config) -> RunResult:
             model, config.adapter, recompute, seed=config.train.seed, freeze=freeze, mlp_tile_tokens=tile
         )
     train_tokens(model, shape.new_tokens)
-    capability = can_isolate(model, config.model.attention, config.data.max_tokens, config.data.packing)
+    capability = can_isolate(model, *asked(config))
     sharing = config.engine.sequence_parallel
     parts, layout = max(1, ranks.world_size // sharing), (capability.packed, shape.cost_model(), sharing)
     prefixes = Prefixes(data.train, unshared(config, device.type, capability.unshared))

@@ -52,7 +52,7 @@ def evaluate_model(config: Config) -> EvalStats:
     from burnish.data.windows import eval_cuts
     from burnish.engine.build import TORCH_DTYPES
     from burnish.engine.local import LocalScorer
-    from burnish.model.attention import can_isolate
+    from burnish.model.attention import asked, can_isolate
     from burnish.model.forward import SupervisedModel
     from burnish.runtime import Ranks, pick_device
     from burnish.train.evaluate import evaluate
@@ -64,7 +64,7 @@ def evaluate_model(config: Config) -> EvalStats:
     vocabulary = vocabulary_of(tokenizer, config.model)
     model = _load(config, vocabulary)
     require_rows(tokenizer, _num_rows(model), [store])
-    capability = can_isolate(model, config.model.attention, config.data.max_tokens, config.data.packing)
+    capability = can_isolate(model, *asked(config))
     model = SupervisedModel(model, capability)
     scorer = LocalScorer(model, device=device, compute_dtype=TORCH_DTYPES[config.model.dtype])
     cuts = eval_cuts(store, config.batch, 1, capability.packed)

@@ -31,6 +31,7 @@ BOUND = 1e-5
 SEEN_FILE = Path(__file__).parent / "seen.json"
 CPU = torch.device("cpu")
 YES = "yes"
+UNSEEN = "not looked at"
 
 Gradients = dict[str, torch.Tensor]
 
@@ -52,7 +53,7 @@ class Seen:
     """The logits of a document do not change with its neighbours."""
     lora: str
     recompute: str
-    zero3: str = "not looked at"
+    zero3: str = UNSEEN
 
 
 def read_seen() -> dict[str, Seen]:
@@ -96,10 +97,10 @@ def _refused(family: str, why: str) -> Seen:
     return Seen(family, families()[family], False, why, "-", False, **checks)
 
 
-def reference(model: Any, documents: Documents) -> tuple[float, Gradients]:
+def reference(model: Any, documents: Documents, attention: str = "eager") -> tuple[float, Gradients]:
     """Loss and gradients of each document alone: its mean turned back into a sum, one call for each
     distinct weight (labels know no weights)."""
-    causal_model(model).set_attn_implementation("eager")
+    causal_model(model).set_attn_implementation(attention)
     model.train()
     shifts = _shifts_labels(model, documents[0][0])
     total = torch.zeros((), dtype=torch.float64)
@@ -218,7 +219,7 @@ def _lora(family: str, documents: Documents) -> str:
 
 
 def _shown(error: Exception) -> str:
-    return f"{type(error).__name__}: {str(error).splitlines()[0]}"
+    return f"no: {type(error).__name__}, {str(error).splitlines()[0]}"
 
 
 def _with_lora(family: str, documents: Documents) -> str:

@@ -25,7 +25,7 @@ _SIZES: Mapping[float, str] = {
     " num_decoder_attention_heads encoder_attention_heads num_encoder_attention_heads swa_num_attention_heads"
     " num_experts num_local_experts n_routed_experts moe_num_experts zero_expert_num linear_num_value_heads"
     " mamba_n_heads mamba_num_heads n_mamba_heads time_step_rank mamba_dt_rank qk_rope_head_dim"
-    " qk_nope_head_dim rotary_dim indexer_budget",
+    " qk_nope_head_dim rotary_dim indexer_budget floor_scale log_scaling_n_floor",
     2: "num_hidden_layers n_layer n_layers num_layers decoder_layers num_decoder_layers num_encoder_layers"
     " encoder_layers num_blocks num_key_value_heads num_kv_heads swa_num_key_value_heads linear_num_key_heads"
     " linear_num_heads num_experts_per_tok num_experts_per_token moe_topk moe_k moe_top_k"
@@ -41,7 +41,7 @@ _SIZES: Mapping[float, str] = {
     16: "index_n_heads indexer_n_heads moe_intermediate_size shared_expert_intermediate_size"
     " shared_intermediate_size expert_ffn_hidden_size moe_shared_expert_intermediate_size"
     " shared_experts_intermediate_size kv_lora_rank q_lora_rank o_lora_rank mamba_d_head mamba_head_dim"
-    " mamba_headdim rel_extent global_head_dim",
+    " mamba_headdim rel_extent",
     8: "head_dim dim_head d_head kv_channels swa_head_dim attention_head_size v_head_dim attention_chunk_size"
     " state_size mamba_d_state ssm_state_size mamba_chunk_size chunk_size block_size linear_key_head_dim"
     " linear_value_head_dim linear_head_dim index_head_dim indexer_head_dim hidden_size_per_layer_input d_rel"
@@ -89,6 +89,8 @@ NEEDS: Mapping[str, Mapping[str, Any]] = {
         "intermediate_size": [48] * 4,
         "activation_sparsity_pattern": [0.5, 0.0] * 2,
     },
+    "gemma4_text": {"global_head_dim": 16},
+    "gemma4_unified_text": {"global_head_dim": 16},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
     "granitemoehybrid": {"layer_types": ["linear_attention", "full_attention"]},
     "hrm_text": {"num_layers_per_stack": 1},
@@ -99,6 +101,19 @@ NEEDS: Mapping[str, Mapping[str, Any]] = {
     "laguna": {"layer_types": ["full_attention", "sliding_attention"]},
     "mellum": {"layer_types": ["full_attention", "sliding_attention"]},
     "ministral": {"layer_types": ["full_attention", "sliding_attention"]},
+    "ministral3": {
+        "rope_parameters": {
+            **_ROPE,
+            "rope_type": "yarn",
+            "factor": 16.0,
+            "original_max_position_embeddings": 4,
+            "beta_fast": 32.0,
+            "beta_slow": 1.0,
+            "mscale": 1.0,
+            "mscale_all_dim": 1.0,
+            "llama_4_scaling_beta": 0.1,
+        }
+    },
     "qwen2": {"use_sliding_window": True, "layer_types": ["full_attention", "sliding_attention"]},
     "qwen2_moe": {"use_sliding_window": True, "layer_types": ["full_attention", "sliding_attention"]},
     "qwen3": {"use_sliding_window": True, "layer_types": ["full_attention", "sliding_attention"]},

@@ -30,9 +30,10 @@ def partitioned(case: Mapping[str, Any], ranks: Ranks, output_dir: Path) -> dict
     try:
         return {"zero3": _looked_at(family, packed, ranks, output_dir)}
     except BurnishError as refusal:
-        return {"zero3": f"refused: {str(refusal).splitlines()[0]}"}
+        why = str(refusal).splitlines()[0].replace(str(output_dir), "the folder")
+        return {"zero3": f"refused: {why}"}
     except REFUSALS as error:
-        return {"zero3": f"{type(error).__name__}: {str(error).splitlines()[0]}"}
+        return {"zero3": f"no: {type(error).__name__}, {str(error).splitlines()[0]}"}
 
 
 def _looked_at(family: str, packed: bool, ranks: Ranks, folder: Path) -> str:

@@ -138,13 +138,17 @@ def test_a_window_that_a_layer_keeps_to_itself_is_found_out():
     for layer in model.model.layers:
         layer.self_attn.sliding_window = None
     assert "window of 5" in windows_disagree(model, run)
+    assert "window of 5" in windows_disagree(model, run, longest=6)
+    assert windows_disagree(model, run, longest=5) is None  # no document is longer than the window
 
 
-def test_positions_scaled_by_the_longest_document_are_padded_beyond_their_limit():
+def test_positions_scaled_by_the_longest_document_want_it_alone_beyond_their_limit():
     rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
     model = build("llama", rope_parameters=rope, max_position_embeddings=16)
     assert can_isolate(model, max_tokens=16).packed
-    assert not can_isolate(model, max_tokens=17).packed
+    with pytest.raises(ConfigError, match=r"beyond 16 tokens[\s\S]*micro_examples"):
+        can_isolate(model, max_tokens=17)
+    assert not can_isolate(model, max_tokens=17, alone=True).packed
     assert not can_isolate(model).packed
 
 

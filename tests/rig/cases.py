@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
+from breadth.partitioned import partitioned
 from burnish.data.collate import collate
 from burnish.engine.base import Engine, StepResult
 from burnish.engine.build import model_init_context, parameter_dtype
@@ -200,6 +201,7 @@ CASES: dict[str, Callable[[Mapping[str, Any], Ranks, Path], dict[str, Any]]] = {
     "poisoned": poisoned,
     "signalled": signalled,
     "loaded": loaded,
+    "partitioned": partitioned,
     "grown": grown,
     "sighted": sighted,
 }

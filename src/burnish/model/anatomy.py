@@ -70,6 +70,10 @@ def head_shape(config: Any) -> HeadShape:
     scale = float(text.get("logit_scale") or 1.0)  # Cohere
     scale *= float(text.get("lm_head_multiplier") or 1.0)  # Falcon-H1
     scale /= float(text.get("logits_scaling") or 1.0)  # Granite
-    # Gemma 2 and later; RecurrentGemma
-    softcap = text.get("final_logit_softcapping") or text.get("logits_soft_cap")
+    scale /= float(text.get("logits_mup_width_multiplier") or 1.0)  # Inkling
+    if text.get("dim_model_base"):  # MiniCPM
+        scale *= float(text["dim_model_base"]) / float(text["hidden_size"])
+    # Gemma 2 and later; RecurrentGemma; xLSTM
+    softcaps = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
+    softcap = next((text[name] for name in softcaps if text.get(name)), None)
     return HeadShape(scale, None if not softcap else float(softcap))

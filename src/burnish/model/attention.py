@@ -21,10 +21,12 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from burnish.config.schema import Config
 from burnish.errors import ConfigError, Problem
 from burnish.model.anatomy import body_of, causal_model, head_of
 from burnish.model.document_attention import ATTENTION_NAME, document_mask, register_attention
 from burnish.model.prefix_attention import prefix_mask, prefix_numbers
+from burnish.model.positions import require_positions, rope_mixes
 from burnish.model.surrogate import REFUSALS, build_surrogate
 from burnish.model.vision import has_vision
 from burnish.model.windows_asked import windows_disagree
@@ -53,8 +55,18 @@ class Capability:
     """Why documents may not share the computation of what they begin with; None where they may."""
 
 
+def asked(config: Config) -> tuple[str, int, str, bool]:
+    """What a config says to `can_isolate`, in its order."""
+    alone = config.batch.micro_examples == 1
+    return config.model.attention, config.data.max_tokens, config.data.packing, alone
+
+
 def can_isolate(
-    model: nn.Module, choice: str = "auto", max_tokens: int | None = None, packing: str = "auto"
+    model: nn.Module,
+    choice: str = "auto",
+    max_tokens: int | None = None,
+    packing: str = "auto",
+    alone: bool = False,
 ) -> Capability:
     """Find out how a model is to be fed, and set its attention accordingly.
 
@@ -63,10 +75,12 @@ def can_isolate(
         choice: `model.attention` of the config.
         max_tokens: Tokens of the longest document; None if that is not known.
         packing: `data.packing` of the config.
+        alone: Every padded micro-batch holds one document.
 
     Raises:
         ConfigError: The model's tokens see the tokens after them: it is no causal language model. Or
-            packing is `on`, and the model cannot keep packed documents apart.
+            documents may be longer than its learned positions, or so long that they change how others
+            beside them are numbered. Or packing is `on`, and the model cannot keep packed documents apart.
     """
     causal = causal_model(model)
     register_attention()
@@ -76,7 +90,7 @@ def can_isolate(
         capability = Capability(False, attention, reason)
     else:
         with _quiet(subject):
-            capability = _try_out(subject, choice, max_tokens, packing)
+            capability = _try_out(subject, choice, max_tokens, packing, alone)
     if has_vision(causal) and not capability.fused_head:
         what = f"{type(causal).__name__}'s language model alone gives other logits than the whole model"
         raise ConfigError(
@@ -101,15 +115,18 @@ def _subject(model: PreTrainedModel) -> PreTrainedModel | None:
     return build_surrogate(model) or (model if whole else None)
 
 
-def _try_out(model: PreTrainedModel, choice: str, max_tokens: int | None, packing: str) -> Capability:
+def _try_out(
+    model: PreTrainedModel, choice: str, max_tokens: int | None, packing: str, alone: bool
+) -> Capability:
     _require_causal(model)
+    require_positions(model, max_tokens, alone)
     fused = verify_head(model)
     padded = _padded_attention(model, choice)
     if packing == "off":
         return Capability(False, padded, "data.packing is off", fused)
     if choice not in OWN:
         return Capability(False, padded, f"packing is not offered with attention: {choice}", fused)
-    problem = _rope_mixes(model, max_tokens) or verify_isolation(model)
+    problem = rope_mixes(model, max_tokens) or verify_isolation(model, max_tokens)
     if problem is not None:
         return Capability(False, padded, problem, fused)
     unshared = unsuited(model.config.to_dict(), max_tokens) or verify_sharing(model)
@@ -148,26 +165,12 @@ def _padded_attention(model: PreTrainedModel, choice: str) -> str:
     return "sdpa" if _close(eager, _alone(body, tokens)) else "eager"
 
 
-def _rope_mixes(model: PreTrainedModel, max_tokens: int | None) -> str | None:
-    """Rotations that are chosen by the longest document of a row (dynamic NTK, LongRoPE) are another
-    one's business too, as soon as one is longer than the context the model was first trained with."""
-    text = model.config.get_text_config(decoder=True).to_dict()
-    rope = text.get("rope_parameters") or {}
-    kinds = {str(r.get("rope_type")) for r in (rope, *rope.values()) if isinstance(r, dict)}
-    if not kinds & {"dynamic", "longrope"}:
-        return None
-    limit = rope.get("original_max_position_embeddings") or text.get("original_max_position_embeddings")
-    limit = limit or text.get("max_position_embeddings")
-    if max_tokens is not None and limit is not None and max_tokens <= limit:
-        return None
-    return f"its positions are scaled by the longest document of a row beyond {limit} tokens"
-
-
-def verify_isolation(model: PreTrainedModel) -> str | None:
+def verify_isolation(model: PreTrainedModel, max_tokens: int | None = None) -> str | None:
     """Compare two packed documents with each alone.
 
     Args:
         model: The model, in evaluation mode; its attention implementation is changed.
+        max_tokens: Tokens of the longest document; None if that is not known.
 
     Returns:
         None if they are equal and the second does not see the first; otherwise what is wrong.
@@ -191,7 +194,7 @@ def verify_isolation(model: PreTrainedModel) -> str | None:
         return "a document's hidden states change with its neighbour"
     if not _close(packed, alone):
         return "packed documents give other hidden states than documents alone"
-    return windows_disagree(model, lambda: _alone(body, one))
+    return windows_disagree(model, lambda: _alone(body, one), max_tokens)
 
 
 def verify_sharing(model: PreTrainedModel) -> str | None:
@@ -253,10 +256,8 @@ def _probe_tokens(model: PreTrainedModel) -> list[torch.Tensor]:
 
 
 def _alone(body: nn.Module, tokens: torch.Tensor) -> torch.Tensor:
-    device = next(body.parameters()).device
-    ids = tokens.to(device)[None]
-    positions = torch.arange(len(tokens), device=device)[None]
-    return body(input_ids=ids, position_ids=positions, use_cache=False)[0][0]
+    # Without positions: the model's own are the truth (RoBERTa's begin at 2, and must not be told 0).
+    return body(input_ids=tokens.to(next(body.parameters()).device)[None], use_cache=False)[0][0]
 
 
 def _packed(body: nn.Module, *documents: torch.Tensor) -> torch.Tensor:

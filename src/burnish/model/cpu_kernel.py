@@ -51,11 +51,16 @@ def causal_mask(
     return torch.zeros(length, length, device=device).masked_fill_(hidden, float("-inf"))
 
 
-def _mask_of(length: int, window: int | None, device: torch.device) -> torch.Tensor | None:
+def _work_dtype(x: torch.Tensor) -> torch.dtype:
+    """fp32; fp64 for fp64, in which rounding can be told from error."""
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def _mask_of(length: int, window: int | None, like: torch.Tensor) -> torch.Tensor | None:
     """The mask a document needs besides causality: none where the window covers it."""
     if window is None or length <= window:
         return None
-    return causal_mask(length, window, device)[None, None]
+    return causal_mask(length, window, like.device)[None, None].to(like.dtype)
 
 
 class _DocumentFlash(torch.autograd.Function):
@@ -69,14 +74,14 @@ class _DocumentFlash(torch.autograd.Function):
         scale: float,
         window: int | None,
     ) -> torch.Tensor:
-        q, k, v = query.float(), key.float(), value.float()
+        q, k, v = (x.to(_work_dtype(query)) for x in (query, key, value))
         _, heads, tokens, width = q.shape
         # Heads behind tokens, as the model's output projection wants them: no copy afterwards.
         out = q.new_empty(1, tokens, heads, width)
         normalizers = []
         for begin, end in pairwise(bounds):
             part = slice(begin, end)
-            mask = _mask_of(end - begin, window, q.device)
+            mask = _mask_of(end - begin, window, q)
             result, normalizer = _forward(
                 q[:, :, part], k[:, :, part], v[:, :, part], 0.0, mask is None, attn_mask=mask, scale=scale
             )
@@ -93,11 +98,11 @@ class _DocumentFlash(torch.autograd.Function):
     def backward(ctx: FunctionCtx, grad: torch.Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
         query, key, value, out, *normalizers = ctx.saved_tensors  # pyright: ignore
         bounds, scale, window = ctx.bounds, ctx.scale, ctx.window  # pyright: ignore
-        q, k, v, g = query.float(), key.float(), value.float(), grad.float()
+        q, k, v, g = (x.to(_work_dtype(query)) for x in (query, key, value, grad))
         dq, dk, dv = (torch.empty_like(x.transpose(1, 2)).transpose(1, 2) for x in (query, key, value))
         for begin, end, normalizer in zip(bounds, bounds[1:], normalizers, strict=False):
             part = slice(begin, end)
-            mask = _mask_of(end - begin, window, q.device)
+            mask = _mask_of(end - begin, window, q)
             grads = _backward(
                 g[:, part].transpose(1, 2),
                 q[:, :, part],

@@ -254,7 +254,8 @@ def _written_out(
     """
     groups = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
-    logits = (query @ key.transpose(-1, -2)).float() * scores.scale
+    wide = torch.promote_types(query.dtype, torch.float32)
+    logits = (query @ key.transpose(-1, -2)).to(wide) * scores.scale
     if scores.softcap is not None:
         logits = scores.softcap * torch.tanh(logits / scores.softcap)
     if mask.dtype == torch.bool:
@@ -263,7 +264,7 @@ def _written_out(
     else:
         logits = logits + mask
     if scores.sinks is not None:
-        sink = scores.sinks.float().view(1, -1, 1, 1).expand(*logits.shape[:3], 1)
+        sink = scores.sinks.to(wide).view(1, -1, 1, 1).expand(*logits.shape[:3], 1)
         logits = torch.cat([logits, sink], dim=-1)
     shares = logits.softmax(-1)[..., : key.shape[2]].to(value.dtype)
     shares = nn.functional.dropout(shares, scores.dropout)

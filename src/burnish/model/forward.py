@@ -214,10 +214,11 @@ class SupervisedModel(nn.Module):
         fused, and the router's logits of every layer where they are needed."""
         arguments: dict[str, Any] = {
             "input_ids": batch.token_ids,
-            "position_ids": batch.position_ids,
             "attention_mask": batch.attention_mask,
             "use_cache": False,
         }
+        if batch.packed:  # a padded row is numbered by the model itself, in its own way (RoBERTa: from 2)
+            arguments["position_ids"] = batch.position_ids
         if self._balance is not None and self.training:
             arguments["output_router_logits"] = True
         if not self.capability.fused_head or head_layer(causal_model(self.model)) is None:

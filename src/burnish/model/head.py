@@ -139,10 +139,11 @@ class _Work:
         return logits
 
     def _shaped(self, block: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | float | None]:
-        """Logits in fp32 as the model means them, and their derivative by the raw ones."""
+        """Logits in fp32 (fp64 stays) as the model means them, and their derivative by the raw ones."""
         shape = self.shape
         plain = shape.scale == 1.0 and shape.softcap is None  # then nothing is done in place
-        block = block.float() if plain or block.dtype != torch.float32 else block.clone()
+        wide = block.to(torch.promote_types(block.dtype, torch.float32))
+        block = wide if plain or wide is not block else block.clone()
         slope: torch.Tensor | float | None = None
         if shape.scale != 1.0:
             block, slope = block.mul_(shape.scale), shape.scale
@@ -201,8 +202,9 @@ class _SupervisedLoss(torch.autograd.Function):
         nll = torch.zeros(num_targets, dtype=torch.float32, device=hidden.device)
         d_hidden = torch.empty_like(hidden) if wants_hidden else None
         # bf16 sums over several chunks lose 2e-3 of the gradient: fp32 between chunks.
-        d_weight = hidden.new_empty(weight.shape, dtype=torch.float32) if wants_weight else None
-        d_bias = hidden.new_zeros(weight.shape[0], dtype=torch.float32) if wants_bias else None
+        wide = torch.promote_types(hidden.dtype, torch.float32)
+        d_weight = hidden.new_empty(weight.shape, dtype=wide) if wants_weight else None
+        d_bias = hidden.new_zeros(weight.shape[0], dtype=wide) if wants_bias else None
         with torch.autocast(hidden.device.type, enabled=False):
             # Weighted here and not in the logits' gradient, which is as wide as the vocabulary.
             weighted = work.hidden * weights[:, None].to(work.hidden.dtype)

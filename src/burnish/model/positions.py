@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from typing import Any, final
+
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 
 from burnish.errors import ConfigError, Problem
 
 _PROBE_TOKENS = 5
+_LOOKED_UP = (nn.functional.embedding, torch.Tensor.__getitem__, torch.Tensor.index_select)
 
 
 def require_positions(model: PreTrainedModel, max_tokens: int | None, alone: bool = False) -> None:
@@ -40,38 +45,49 @@ def require_positions(model: PreTrainedModel, max_tokens: int | None, alone: boo
 def position_limit(model: PreTrainedModel) -> int | None:
     """Tokens of the longest document that the model has positions for; None where there is no end.
 
-    Found by watching: a table whose rows 0, 1, 2 ... (or with an offset, as OPT has) are looked up for a
-    document's tokens is one of positions. Its last row is the last token's.
+    Found by watching: a table of the model whose rows 0, 1, 2 ... (or with an offset, as OPT has) are looked
+    up for a document's tokens is one of positions. Its last row is the last token's.
     """
-    found: list[int] = []
-
-    def watch(module: nn.Module, inputs: tuple[object, ...], _output: object) -> None:
-        assert isinstance(module, nn.Embedding)
-        offset = _offset(inputs)
-        if offset is not None:
-            found.append(module.num_embeddings - offset)
-
+    watch = _Watch(model)
     # The same token over and over: no table of tokens can be taken for one of positions.
     tokens = torch.ones(1, _PROBE_TOKENS, dtype=torch.int64, device=model.device)
-    hooks = [m.register_forward_hook(watch) for m in model.modules() if isinstance(m, nn.Embedding)]
-    try:
-        with torch.no_grad():
-            model(input_ids=tokens, use_cache=False)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return min(found, default=None)
+    with torch.no_grad(), watch:
+        model(input_ids=tokens, use_cache=False)
+    return min(watch.limits, default=None)
 
 
-def _offset(inputs: tuple[object, ...]) -> int | None:
-    """The first of the consecutive rows that are looked up; None if they are others."""
-    rows = next((x for x in inputs if isinstance(x, torch.Tensor) and x.dtype == torch.int64), None)
-    if rows is None or rows.numel() != _PROBE_TOKENS:
-        return None
-    rows = rows.reshape(-1)
-    first = int(rows[0])
-    expected = torch.arange(first, first + _PROBE_TOKENS, device=rows.device)
-    return first if torch.equal(rows, expected) else None
+@final
+class _Watch(TorchFunctionMode):
+    """Notes, while entered, how many rows a table of positions has from its first token's on."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__()
+        self._learned = {p.data_ptr() for p in model.parameters() if p.dim() == 2}
+        # Of computed tables, these are never made longer: CodeGen's, indexed, and GPT-J's, gathered from.
+        computed = [b for b in model.buffers() if b.dim() == 2]
+        self._computed = {b.data_ptr() for b in computed}
+        self._heights = {b.shape[0] for b in computed}
+        self.limits: list[int] = []
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        tensors = [x for x in (*args, *(kwargs or {}).values()) if isinstance(x, torch.Tensor)]
+        if func in _LOOKED_UP and len(tensors) > 1:
+            fixed = self._learned | (self._computed if func is torch.Tensor.__getitem__ else set())
+            for table in tensors:
+                if table.data_ptr() in fixed:
+                    self._note(table.shape[0], tensors)
+        elif func is torch.gather and tensors[0].dim() == 3 and tensors[0].shape[1] in self._heights:
+            self._note(tensors[0].shape[1], [tensors[1][0, :, 0]])
+        return func(*args, **(kwargs or {}))
+
+    def _note(self, height: int, tensors: Sequence[torch.Tensor]) -> None:
+        for rows in tensors:
+            if rows.dtype in (torch.int32, torch.int64) and rows.numel() == _PROBE_TOKENS:
+                found = rows.flatten().tolist()
+                if found == list(range(found[0], found[0] + _PROBE_TOKENS)):
+                    self.limits.append(height - found[0])
 
 
 def rope_mixes(model: PreTrainedModel, max_tokens: int | None) -> str | None:

@@ -66,14 +66,18 @@ def _cut_vision(small: Any) -> None:
 
 
 def _cut_layers(text: Any, values: dict[str, Any]) -> None:
-    """Keep the first layers, up to where every kind of layer has been seen, two at least."""
+    """Keep the first layers, up to where every kind of layer has been seen, two at least; twice over
+    where layers share keys and values."""
     layers = text.num_hidden_layers
     kinds = values.get("layer_types") or values.get("layers_block_type")
     keep = 2
     if kinds:
         keep = max(keep, max(kinds.index(kind) for kind in set(kinds)) + 1)
-    keep = min(keep, layers, MAX_LAYERS)
+    chosen = list(range(min(keep, layers, MAX_LAYERS)))
+    if values.get("num_kv_shared_layers"):  # Gemma 3n's last layers look at the keys of earlier ones
+        text.num_kv_shared_layers = len(chosen)
+        chosen *= 2
     for key, value in values.items():
-        if isinstance(value, list) and len(value) == layers and layers > keep:
-            setattr(text, key, value[:keep])
-    text.num_hidden_layers = keep
+        if isinstance(value, list) and len(value) == layers:
+            setattr(text, key, [value[i] for i in chosen])
+    text.num_hidden_layers = len(chosen)

@@ -20,12 +20,15 @@ PROBE_NAME = "burnish_window_probe"
 _CAUSAL, _OTHER = 0, 1
 
 
-def windows_disagree(model: PreTrainedModel, run: Callable[[], Any]) -> str | None:
+def windows_disagree(
+    model: PreTrainedModel, run: Callable[[], Any], longest: int | None = None
+) -> str | None:
     """Run the model once and compare, layer by layer.
 
     Args:
         model: Its attention implementation is changed.
         run: Runs it on one document, without a mask.
+        longest: Tokens of the longest document, in which wider windows hide nothing; None if not known.
 
     Returns:
         None if mask and layer agree everywhere; otherwise where they do not.
@@ -42,7 +45,7 @@ def windows_disagree(model: PreTrainedModel, run: Callable[[], Any]) -> str | No
         **others: Any,
     ) -> tuple[torch.Tensor, None]:
         del others
-        findings.extend(_compare(type(module).__name__, attention_mask, sliding_window))
+        findings.extend(_compare(type(module).__name__, attention_mask, sliding_window, longest))
         groups = query.shape[1] // key.shape[1]
         key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
         out = nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True)
@@ -79,12 +82,13 @@ def _is_causal_window(allowed: Callable[..., Any], window: int | None) -> bool:
     return [bool(s) for s in seen] == [expected for _, _, expected in pairs]
 
 
-def _compare(layer: str, mask: torch.Tensor | None, passed: int | None) -> list[str]:
+def _compare(layer: str, mask: torch.Tensor | None, passed: int | None, longest: int | None) -> list[str]:
     if mask is None or mask.dtype != torch.int32 or mask.numel() != 2:
         return [f"{layer} makes a mask of its own"]
     window, kind = mask.flatten().tolist()
     if kind != _CAUSAL:
         return [f"{layer} is causal in chunks, or not only causal"]
-    if window != (passed or 0):
+    hides = [bool(w) and (longest is None or w < longest) for w in (window, passed)]
+    if window != (passed or 0) and any(hides):
         return [f"{layer} has a window of {window or 'all'} tokens and passes {passed} to attention"]
     return []
