@@ -25,8 +25,8 @@ from burnish.config.schema import Config
 from burnish.errors import ConfigError, Problem
 from burnish.model.anatomy import body_of, causal_model, head_of
 from burnish.model.document_attention import ATTENTION_NAME, document_mask, register_attention
-from burnish.model.prefix_attention import prefix_mask, prefix_numbers
 from burnish.model.positions import require_positions, rope_mixes
+from burnish.model.prefix_attention import prefix_mask, prefix_numbers
 from burnish.model.surrogate import REFUSALS, build_surrogate
 from burnish.model.vision import has_vision
 from burnish.model.windows_asked import windows_disagree
