@@ -26,12 +26,13 @@ def add_tokens(tokenizer: PreTrainedTokenizerBase, model: ModelConfig) -> None:
 
     given = model.add_tokens
     kinds = given if isinstance(given, dict) else dict.fromkeys(given, "special")
-    has = tokenizer.get_added_vocab()
+    fast: Any = tokenizer
+    has = fast.get_added_vocab()
     for name, kind in kinds.items():
         special = kind == "special"
         if name not in has:
             token = AddedToken(name, special=special, normalized=not special)
-            tokenizer.add_tokens([token], special_tokens=special)  # pyright: ignore[reportArgumentType]
+            fast.add_tokens([token], special_tokens=special)
 
 
 def require_rows(

@@ -22,8 +22,8 @@ from burnish.model.anatomy import body_of
 def architecture_of(config: Any) -> type[PreTrainedModel] | None:
     """transformers' class for a config: a causal language model, or a vision-language model where the
     checkpoint is one. None where there is neither (code that comes with a model is not looked at)."""
-    causal = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
-    whole = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING.get(type(config), None)
+    causal: Any = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    whole: Any = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING.get(type(config), None)
     named = (config.architectures or [""])[0]
     # Of Llama 4 and some others there is a class for the text alone; its checkpoints are the whole model.
     if whole is not None and (causal is None or named == whole.__name__):
