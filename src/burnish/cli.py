@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from cyclopts import App, CycloptsError, Parameter
 
 from burnish import __version__
+from burnish.config.plan_options import PlanOptions
 from burnish.errors import EXIT_CONFIG, EXIT_ENVIRONMENT, BurnishError, ProblemsError
 from burnish.jobs.options import JobOptions
 from burnish.rendezvous import without_launcher_flags
@@ -129,7 +130,9 @@ def view(
 
 @app.command
 def plan(
-    *config: Flags, gpus: int | None = None, gpu_memory: str | None = None, as_json: AsJson = False
+    *config: Flags,
+    options: Annotated[PlanOptions, Parameter(name="*")] = PlanOptions(),  # noqa: B008 - frozen
+    as_json: AsJson = False,
 ) -> None:
     """Say what training with CONFIG will do: steps, micro-batches, memory, time, disk.
 
@@ -137,17 +140,13 @@ def plan(
 
     Parameters
     ----------
-    gpus:
-        How many GPUs to plan for; as many as `train` would use here unless given.
-    gpu_memory:
-        Memory of each, `80GB` or `24GiB`; or a name, `H100`.
     as_json:
         Print plan.json.
     """
     _log_to_stderr()
     from burnish.preview import plan_run
 
-    planned = plan_run(_load(config), gpus, gpu_memory)
+    planned = plan_run(_load(config), options)
     _say(json.dumps(planned.to_dict(), indent=2) if as_json else planned.describe())
 
 

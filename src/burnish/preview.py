@@ -8,10 +8,26 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from burnish.config.plan_options import PlanOptions
 from burnish.config.schema import Config
 from burnish.errors import ConfigError, Problem
-from burnish.plan import DEVICES, Device, ModelShape, Plan, find_device, make_plan, resolve_auto
+from burnish.plan import (
+    DEVICES,
+    FAMILIES,
+    Device,
+    ModelShape,
+    Plan,
+    explain_auto,
+    find_device,
+    make_plan,
+    resolve_auto,
+    surely_packed,
+    unshared,
+    unsuited,
+)
 
+HERE = PlanOptions()
+"""This machine, as `train` would use it."""
 _UNITS = {"": 1, "gb": 10**9, "gib": 2**30, "g": 10**9}
 
 
@@ -33,45 +49,98 @@ def check_data(config: Config) -> tuple[dict[str, Any], str]:
     return data.report, describe(data.report)
 
 
-def plan_run(config: Config, num_gpus: int | None, gpu_memory: str | None) -> Plan:
+def plan_run(config: Config, options: PlanOptions = HERE) -> Plan:
     """Plan a run exactly as `train` will.
 
     Args:
         config: The run's config.
-        num_gpus: Ranks to plan for; None as many as `train` would start here.
-        gpu_memory: `80GB`, `24GiB` or a device's name; None where time and fit are not asked for.
+        options: On what machine; time and fit are told only where its GPU is given.
+
+    Raises:
+        ConfigError: The GPU is not known, or mfu is no share.
+        DataError: What `train` would raise.
     """
     from burnish.data.count import count_windows
+    from burnish.data.prefixes import Prefixes
     from burnish.data.prepare import prepare
     from burnish.data.tokenizer import load_tokenizer
     from burnish.data.windows import plan_windows
+    from burnish.launch import num_gpus as num_gpus_here
     from burnish.launch import num_workers
 
-    device = None if gpu_memory is None else _device(gpu_memory)
-    world_size = num_gpus or num_workers(config.launch)
+    device = _device(options)
+    world_size = options.gpus or num_workers(config.launch)
     tokenizer, template = load_tokenizer(config.model, config.data)
     shape = _grown_shape(config, tokenizer)
     data = prepare(config, tokenizer, template)
-    config = resolve_auto(config, shape, world_size, device.memory_bytes if device else None)
-    packed = config.data.packing != "off"
+    on_gpus = device is not None or options.gpus is not None or num_gpus_here() > 0
+    kind = "cuda" if on_gpus else "cpu"
+    memory = device.memory_bytes if device is not None else _memory_here(on_gpus, world_size)
+    asked, config = config, resolve_auto(config, shape, world_size, memory, kind)
+    packed, problem = _layout(config)
     parallel = max(1, world_size // config.engine.sequence_parallel)
-    windows = plan_windows(
-        data.train, config.data, config.batch, config.train, parallel, packed, shape.cost_model()
-    )
-    return make_plan(config, count_windows(windows, data.train), shape, world_size, device)
+    prefixes = Prefixes(data.train, unshared(config, kind, problem))
+    layout = packed, shape.cost_model(), config.engine.sequence_parallel
+    windows = plan_windows(data.train, config.data, config.batch, config.train, parallel, *layout, prefixes)
+    counts, choices = count_windows(windows, data.train), explain_auto(asked, config, memory)
+    return make_plan(config, counts, shape, world_size, device, kind, choices)
+
+
+def _memory_here(on_gpus: bool, world_size: int) -> int | None:
+    """What `train` will find for each rank on this machine; None where the GPUs planned for are elsewhere."""
+    from burnish.launch import num_gpus
+    from burnish.runtime import Ranks, device_memory_bytes, free_memory_bytes, pick_device
+
+    if not on_gpus:
+        free = free_memory_bytes()
+        return None if free is None else free // world_size
+    if num_gpus() == 0:
+        return None
+    here = Ranks(0, 0, 1)
+    return device_memory_bytes(pick_device(here), here)
 
 
 def model_shape(config: Config) -> ModelShape:
-    """Widths of the model, from its config.json. Reads a local folder without transformers."""
+    """Widths of the model, from its config.json."""
+    return ModelShape.from_config_json(_model_config(config))
+
+
+def _layout(config: Config) -> tuple[bool, str | None]:
+    """Whether documents will be packed, and why beginnings cannot be shared: as `train` will find.
+
+    For the usual families config.json is enough. Of others a small model is made and tried, which takes the
+    seconds that torch needs to load.
+    """
+    model_config = _model_config(config)
+    problem = unsuited(model_config, config.data.max_tokens)
+    packed = surely_packed(config, model_config)
+    if packed is not None:
+        return packed, problem
+    from burnish.model.foresee import foresee_capability
+    from burnish.runtime import log, quieten_libraries
+
+    quieten_libraries()
+    capability = foresee_capability(config)
+    if capability is None:
+        log.warning("Planned as packed, which the model's own code may not allow: train tries it and says.")
+        return True, problem
+    return capability.packed, problem or (capability.unshared if capability.packed else None)
+
+
+def _model_config(config: Config) -> dict[str, Any]:
+    """The model's config.json. A local folder's is read without transformers where the family is known; of
+    another, what the file leaves out is filled in as for `train`."""
     file = Path(config.model.path) / "config.json"
     if file.is_file():
         try:
-            return ModelShape.from_config_json(json.loads(file.read_text(encoding="utf-8")))
+            values = json.loads(file.read_text(encoding="utf-8"))
         except (json.JSONDecodeError, UnicodeDecodeError) as error:
             raise ConfigError(Problem("model.path", f"{file} is not JSON: {error}")) from error
+        if values.get("model_type") in FAMILIES:
+            return values
     from burnish.model.load import load_model_config
 
-    return ModelShape.from_config_json(load_model_config(config.model).to_dict())
+    return load_model_config(config.model).to_dict()
 
 
 def _grown_shape(config: Config, tokenizer: Any) -> ModelShape:
@@ -81,15 +150,22 @@ def _grown_shape(config: Config, tokenizer: Any) -> ModelShape:
     return model_shape(config).grown(vocabulary_of(tokenizer, config.model))
 
 
-def _device(text: str) -> Device:
-    match = re.fullmatch(r"\s*([0-9.]+)\s*([a-zA-Z]*)\s*", text)
+def _device(options: PlanOptions) -> Device | None:
+    """The device asked for, by name or by the size of its memory."""
+    text = options.gpu_memory
+    if not 0 < options.mfu <= 1:
+        raise ConfigError(Problem("--mfu", f"is {options.mfu}", "Give a share of the peak, such as 0.4."))
+    if text is None:
+        return None
     known = find_device(text)
     if known is not None:
-        return known
+        return replace(known, mfu=options.mfu)
+    match = re.fullmatch(r"\s*([0-9.]+)\s*([a-zA-Z]*)\s*", text)
     if match is None or match[2].lower() not in _UNITS:
         names = ", ".join(device.name for device in DEVICES)
         raise ConfigError(Problem("--gpu-memory", f"is {text!r}", f"Give 80GB, 24GiB, or one of {names}."))
     num_bytes = int(float(match[1]) * _UNITS[match[2].lower()])
     # Time needs a speed too: take the known device whose memory is closest.
     like = min(DEVICES, key=lambda device: abs(device.memory_bytes - num_bytes))
-    return replace(like, name=f"{text} (speed of {like.name})", memory_bytes=num_bytes)
+    name = f"{text} (speed of {like.name})"
+    return replace(like, name=name, memory_bytes=num_bytes, mfu=options.mfu)

@@ -12,6 +12,7 @@ from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from burnish.config.load import load_config
+from burnish.config.plan_options import PlanOptions
 from burnish.config.schema import Config
 from burnish.export import merge
 from burnish.preview import check_data, plan_run
@@ -91,7 +92,7 @@ def trains(config: Config) -> Path:
     """Check, plan and train say the same, and the result loads."""
     report, _ = check_data(config)
     assert report["totals"]["examples"] > 0
-    plan = plan_run(config, 1, None)
+    plan = plan_run(config, PlanOptions(gpus=1))
     result = train(config)
     lines = [json.loads(line) for line in (result.run_dir / "metrics.jsonl").read_text().splitlines()]
     steps = [line for line in lines if line["kind"] == "train"]

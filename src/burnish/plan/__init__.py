@@ -15,7 +15,7 @@ from burnish.plan.memory import Memory, MemoryParts, estimate_memory
 from burnish.plan.optimizer_state import trainable_params
 from burnish.plan.packing import surely_packed
 from burnish.plan.schedule import learning_rate, num_warmup_steps
-from burnish.plan.shapes import ModelShape
+from burnish.plan.shapes import FAMILIES, ModelShape
 from burnish.plan.sharing import unshared, unsuited
 from burnish.plan.suggest import suggest
 
@@ -23,6 +23,7 @@ __all__ = [
     "DEFAULT_GLOBAL_EXAMPLES",
     "DEFAULT_MICRO_TOKENS",
     "DEVICES",
+    "FAMILIES",
     "CostModel",
     "Device",
     "Memory",

@@ -1,0 +1,31 @@
+"""How a model will be fed, found out from its config.json alone: no weights are read."""
+
+from __future__ import annotations
+
+import torch
+
+from burnish.config.schema import Config
+from burnish.model.attention import Capability, asked, can_isolate
+from burnish.model.load import load_model_config
+from burnish.model.vision import architecture_of
+
+
+def foresee_capability(config: Config) -> Capability | None:
+    """What `can_isolate` will find for the model when it is loaded.
+
+    The model is built without memory for its weights, in bf16, so that the trial runs on a small model of the
+    same architecture, as it does for every model whose weights cannot be computed with.
+
+    Returns:
+        None where the code comes with the model, which only loading runs.
+
+    Raises:
+        ConfigError: What `can_isolate` raises.
+    """
+    model_config = load_model_config(config.model)
+    architecture = architecture_of(model_config)
+    if architecture is None:
+        return None
+    with torch.device("meta"):
+        empty = architecture(model_config).bfloat16()
+    return can_isolate(empty, *asked(config))
