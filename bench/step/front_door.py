@@ -113,6 +113,7 @@ def zero_cost(folder: Path, num_rounds: int) -> dict[str, Any]:
         for name, flags in kinds.items():
             done = train(folder, [*flags, "--launch.num_processes", "2", "--train.max_steps", "10"], 1)
             seconds[name].append(statistics.median(line["seconds"] for line in done["lines"][2:]))
+            print(f"two ranks, {name}: {seconds[name][-1]:.3f} s a step", flush=True)
     ratios = [z / plain for z, plain in zip(seconds["zero-2"], seconds["local"], strict=True)]
     return {
         "seconds": seconds,
