@@ -47,6 +47,7 @@ from burnish.engine.phases import PhaseClock
 from burnish.engine.state_files import exported_weights, refuse_empty
 from burnish.errors import CheckpointError, ConfigError, MachineError, Problem
 from burnish.model.forward import SupervisedModel, to_device
+from burnish.model.tiling import tiled_modules
 from burnish.records import MicroBatch
 from burnish.runtime import Ranks, barrier, gather_objects, log
 
@@ -59,7 +60,6 @@ MODEL_PREFIX = "model."
 def prepare_deepspeed(ranks: Ranks, device: torch.device) -> None:
     """What has to be said to DeepSpeed before it is used; calling it again does nothing new."""
     quieten(deepspeed_logger)
-from burnish.model.tiling import tiled_modules
     if device.type == "cpu":
         skip_shm_compile(deepspeed.ops.__compatible_ops__)
     announce_ranks(ranks)
@@ -143,6 +143,8 @@ class DeepSpeedEngine(Engine):
             # The loss uses the head's matrix directly, so ZeRO-3 must gather it with this module.
             for parameter in model.external_parameters():
                 deepspeed.zero.register_external_parameter(model, parameter)
+            for module in tiled_modules(model):  # gathered once, however many tiles a rank has
+                deepspeed.utils.set_z3_leaf_module(module, True)
         model.train()
         problem = unsuited_optimizer(config)
         if problem is not None:
@@ -185,8 +187,6 @@ class DeepSpeedEngine(Engine):
             result, forward_seconds=seconds.get("forward"), backward_seconds=seconds.get("backward")
         )
 
-            for module in tiled_modules(model):  # gathered once, however many tiles a rank has
-                deepspeed.utils.set_z3_leaf_module(module, True)
     def _step_of_deepspeed(self) -> StepResult:
         self._engine.step()
         norm = self._engine.get_global_grad_norm()
