@@ -32,6 +32,7 @@ def folder(tmp_path, monkeypatch):
         ("--engine.kind local --engine.offload_optimizer cpu", "engine.offload_optimizer", "local"),
         ("--engine.offload_optimizer nvme", "engine.offload_optimizer", "needs ZeRO 3"),
         ("--engine.zero_stage 3 --engine.offload_params nvme", "engine.offload_params", "first step"),
+        ("--engine.zero_stage 3 --engine.offload_optimizer nvme", "engine.offload_optimizer", "go on yet"),
         ("--engine.nvme_path /fast --engine.offload_optimizer cpu", "engine.nvme_path", "nothing is"),
         (
             "--engine.deepspeed.zero_optimization.reduce_bucket_sise 5",
@@ -105,7 +106,7 @@ def test_contradictions(flags, where, message):
         ("bf16 {enabled: false}", "model.dtype"),
         ("zero_optimization.stage 1", "engine.zero_stage"),
         ("zero_optimization.offload_optimizer.device cpu", "engine.offload_optimizer"),
-        ("zero_optimization.offload_param.nvme_path /mnt", "engine.offload_params"),
+        ("zero_optimization.offload_param.nvme_path /mnt", "engine.nvme_path"),
         ("zero_optimization.zero_hpz_partition_size 8", "engine.hpz_size"),
         ("zero_optimization 3", "keys"),
         ("checkpoint.load_universal true", "checkpoint"),

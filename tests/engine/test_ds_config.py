@@ -45,12 +45,12 @@ def test_no_clipping_is_zero() -> None:
 
 def test_offload() -> None:
     settings = built(
-        {"engine.zero_stage": 3, "engine.offload_optimizer": "cpu", "engine.offload_params": "nvme"},
+        {"engine.zero_stage": 3, "engine.offload_optimizer": "nvme", "engine.offload_params": "cpu"},
         on_gpu=True,
     )
     zero = settings["zero_optimization"]
-    assert zero["offload_optimizer"] == {"device": "cpu", "pin_memory": True}
-    assert zero["offload_param"]["nvme_path"].startswith("out/")
+    assert zero["offload_param"] == {"device": "cpu", "pin_memory": True}
+    assert zero["offload_optimizer"]["nvme_path"].endswith("out/.offload")
     assert "aio" in settings
 
 
@@ -76,6 +76,17 @@ def test_every_setting_of_the_recipe_is_refused_as_a_raw_one() -> None:
             ours = built({"model.dtype": dtype, "engine.zero_stage": stage}).keys() - tuned
             refused = [p.where for p in refused_settings({key: {} for key in ours})]
             assert sorted(refused) == sorted(f"engine.deepspeed.{key}" for key in ours)
+
+
+def test_nvme() -> None:
+    nvme = {"engine.zero_stage": 3, "engine.offload_optimizer": "nvme"}
+    zero = built(nvme)["zero_optimization"]
+    assert zero["offload_optimizer"]["nvme_path"].endswith("out/.offload")
+    elsewhere = built({**nvme, "engine.nvme_path": "/fast"})["zero_optimization"]["offload_optimizer"]
+    other = deepspeed_config(toy_config("other/out", {**nvme, "engine.nvme_path": "/fast"}), on_gpu=False)
+    assert elsewhere["nvme_path"].startswith("/fast/out-")
+    # Two runs on one disk do not write over each other.
+    assert elsewhere["nvme_path"] != other["zero_optimization"]["offload_optimizer"]["nvme_path"]
 
 
 def test_misspelt_settings_are_told_without_deepspeed() -> None:

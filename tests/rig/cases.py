@@ -157,6 +157,21 @@ def signalled(case: Mapping[str, Any], ranks: Ranks, output_dir: Path) -> dict[s
     return _attempt(job)
 
 
+def wide(case: Mapping[str, Any], ranks: Ranks, output_dir: Path) -> dict[str, Any]:
+    """Train a toy whose MLP's weights are large enough (over 1 MiB a rank) to be swapped to a disk."""
+    folder = output_dir.parent / case.get("folder", output_dir.name)
+    config = toy_config(folder, case["settings"])
+    model = toy_model(config, parameter_dtype(config, ranks), mlp_width=32_768)
+    job = make_job(config, ranks, model=model)
+    if "at_step" in case and ranks.is_main:
+        job = replace(job, recorder=SignallingMemory(at_step=case["at_step"], number=case["signal"]))
+    found = _attempt(job)
+    files = {path.parent.parent.name: 0 for path in folder.glob(".offload/zero_stage_3/*/rank*/*")}
+    for path in folder.glob(".offload/zero_stage_3/*/rank*/*"):
+        files[path.parent.parent.name] += path.stat().st_size
+    return {**found, "swapped_bytes": files}
+
+
 def _attempt(job: TrainJob) -> dict[str, Any]:
     error: BurnishError | None = None
     try:
@@ -201,7 +216,7 @@ CASES: dict[str, Callable[[Mapping[str, Any], Ranks, Path], dict[str, Any]]] = {
     "poisoned": poisoned,
     "signalled": signalled,
     "loaded": loaded,
-    "partitioned": partitioned,
+    "wide": wide,
     "grown": grown,
     "sighted": sighted,
 }

@@ -219,6 +219,8 @@ class EngineConfig(_Section):
     """Keep optimizer state there."""
     offload_params: Literal["none", "cpu", "nvme"] = "none"
     """Keep weights there (ZeRO 3)."""
+    nvme_path: str | None = None
+    """Folder on a fast disk of every host, for optimizer state on nvme; null takes output_dir."""
     hpz_size: PositiveInt = 1
     """Ranks, best those of one host, that hold all weights among them for the backward (ZeRO 3, hpZ)."""
     sequence_parallel: PositiveInt = 1

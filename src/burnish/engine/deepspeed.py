@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import shutil
+import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +22,7 @@ from typing import Any, final, get_args
 
 import deepspeed
 import torch
+from deepspeed.ops.op_builder import AsyncIOBuilder  # pyright: ignore[reportAttributeAccessIssue]
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from deepspeed.utils import logger as deepspeed_logger
 from jaxtyping import Float
@@ -30,15 +32,23 @@ from burnish.config.check import unsuited_optimizer
 from burnish.config.raw_deepspeed import Names, unknown_settings
 from burnish.config.schema import Config
 from burnish.engine.base import Engine, StepResult
-from burnish.engine.ds_config import deepspeed_config, runs_in_fp32
+from burnish.engine.ds_config import deepspeed_config, nvme_folder, runs_in_fp32, uses_nvme
+from burnish.engine.ds_nvme import (
+    has_swapped_state,
+    read_swapped_state,
+    remove_swap_files,
+    write_swapped_state,
+)
 from burnish.engine.ds_shards import shards_of_zero
 from burnish.engine.ds_workarounds import (
     announce_ranks,
     convert_to_universal,
     groups_kept_apart,
     join_alone,
+    keep_gradients_in_memory,
     quieten,
     skip_shm_compile,
+    swap_files_left_alone,
 )
 from burnish.engine.gradients import finite_on_all_ranks, global_grad_norm
 from burnish.engine.muon import MuonAdamW
@@ -74,6 +84,10 @@ def _check_settings(config: Config) -> None:
     unknown = list(unknown_settings(section, known_zero_settings(), where))
     if unknown:
         raise ConfigError(*unknown)
+    if uses_nvme(config) and not AsyncIOBuilder().is_compatible(verbose=False):
+        what = "nvme needs Linux, a C++ compiler and the headers of libaio"
+        cure = "Install them (on Debian: apt install g++ libaio-dev), or offload to cpu."
+        raise MachineError(Problem("engine.offload_optimizer", what, cure))
 
 
 def known_zero_settings() -> Names:
@@ -159,6 +173,10 @@ class DeepSpeedEngine(Engine):
         )[0]
         if isinstance(self._optimizer, MuonAdamW) and self._stage > 0:
             self._optimizer.locate(shards_of_zero(self._engine.optimizer, groups, self._stage, ranks))
+        self._uses_nvme = uses_nvme(config)
+        if self._uses_nvme:
+            keep_gradients_in_memory(self._engine.optimizer.optimizer_swapper)
+            weakref.finalize(self, remove_swap_files, nvme_folder(config), ranks.rank)
         # An fp32 model at stage 0 is the one case where DeepSpeed applies whatever it is given,
         # NaN included, and measures nothing: there we reduce and look before we let it step.
         self._looks_itself = self._stage == 0 and runs_in_fp32(config)
@@ -216,14 +234,18 @@ class DeepSpeedEngine(Engine):
 
     def save_state(self, folder: Path) -> Sequence[Path]:
         """Let DeepSpeed write its shards; without its `latest` file, which it writes too early."""
-        self._engine.save_checkpoint(
-            str(folder),
-            tag=TAG,
-            # Lets ds_to_universal convert the shards for another world size.
-            client_state={"universal_checkpoint_info": {"universal_checkpoint_version": 0.2}},
-            save_latest=False,
-            exclude_frozen_parameters=self._adapter_only,
-        )
+        with swap_files_left_alone(self._engine):
+            self._engine.save_checkpoint(
+                str(folder),
+                tag=TAG,
+                # Lets ds_to_universal convert the shards for another world size.
+                client_state={"universal_checkpoint_info": {"universal_checkpoint_version": 0.2}},
+                save_latest=False,
+                exclude_frozen_parameters=self._adapter_only,
+            )
+        if self._uses_nvme:
+            write_swapped_state(self._engine.optimizer, folder / TAG, self._ranks.rank)
+            barrier(self._ranks)  # until then other ranks' half-written files lie in the folder too
         files = sorted(path for path in folder.rglob("*") if path.is_file())
         return [path for path in files if self._wrote(path)]
 
@@ -243,6 +265,9 @@ class DeepSpeedEngine(Engine):
         """
         num_shards = len(list((folder / TAG).glob("*_optim_states.pt")))
         self._refuse_other_stage(folder, num_shards)
+        if self._uses_nvme or has_swapped_state(folder / TAG):
+            self._load_swapped(folder, num_shards)
+            return
         if self._stage == 0 or num_shards == self._ranks.world_size:
             self._load(folder)
             return
@@ -265,6 +290,29 @@ class DeepSpeedEngine(Engine):
             )
         if path is None:
             raise CheckpointError(Problem(str(folder), "DeepSpeed found no checkpoint in it"))
+
+    def _load_swapped(self, folder: Path, num_shards: int) -> None:
+        """Load state that was on NVMe, wherever it is to be now."""
+        where = "checkpoint.resume"
+        if not has_swapped_state(folder / TAG):
+            cure = "Resume with the offload settings that it was saved with."
+            raise CheckpointError(Problem(where, "the checkpoint was saved without offload to nvme", cure))
+        if num_shards != self._ranks.world_size:
+            what = f"the checkpoint was saved by {num_shards} ranks, with state on nvme"
+            raise CheckpointError(Problem(where, what, f"Resume on {num_shards} ranks."))
+        zero = self._engine.optimizer
+        zero.checkpoint_event_prologue()
+        # Everything but ZeRO's own state: frozen weights, buffers, counters.
+        path, _ = self._engine._load_checkpoint(
+            str(folder),
+            TAG,
+            load_module_strict=not self._adapter_only,
+            load_lr_scheduler_states=False,
+        )
+        if path is None:
+            raise CheckpointError(Problem(str(folder), "DeepSpeed found no checkpoint in it"))
+        read_swapped_state(zero, folder / TAG, self._ranks.rank)
+        zero.checkpoint_event_epilogue()
 
     def _refuse_other_stage(self, folder: Path, num_shards: int) -> None:
         """DeepSpeed's own refusals are assertions deep inside; say it before it begins."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from burnish.config.schema import Config
@@ -10,6 +12,11 @@ from burnish.config.schema import Config
 BUCKET_ELEMENTS = 50_000_000
 """Gradients reduced, and weights gathered, at once. DeepSpeed's own 500 million reserve 1 to 2 GB
 for each buffer and are no faster from a few ten million on."""
+
+
+SWAPPED_ELEMENTS = 100_000_000
+"""Of the masters, in memory at once where they are swapped to NVMe. DeepSpeed's own 1,000 million would
+pin 16 GB."""
 
 
 def deepspeed_config(config: Config, *, on_gpu: bool) -> dict[str, Any]:
@@ -35,7 +42,7 @@ def deepspeed_config(config: Config, *, on_gpu: bool) -> dict[str, Any]:
         "zero_force_ds_cpu_optimizer": False,
         **_precision_sections(config),
     }
-    if config.engine.offload_optimizer == "nvme" or config.engine.offload_params == "nvme":
+    if uses_nvme(config):
         settings["aio"] = {"block_size": 2**20, "queue_depth": 8, "overlap_events": True}
     return _with_raw(settings, config.engine.deepspeed)
 
@@ -92,6 +99,8 @@ def _zero_section(config: Config, on_gpu: bool) -> dict[str, Any]:
     else:
         section["stage3_prefetch_bucket_size"] = BUCKET_ELEMENTS
         section["zero_hpz_partition_size"] = config.engine.hpz_size
+        if uses_nvme(config):  # several buffers of this size are pinned for the way to the disk and back
+            section["sub_group_size"] = SWAPPED_ELEMENTS
     if config.engine.offload_optimizer != "none":
         section["offload_optimizer"] = _offload_section(config, config.engine.offload_optimizer, on_gpu)
     if config.engine.offload_params != "none":
@@ -99,8 +108,21 @@ def _zero_section(config: Config, on_gpu: bool) -> dict[str, Any]:
     return section
 
 
+def uses_nvme(config: Config) -> bool:
+    """Whether the optimizer's state is swapped to a disk."""
+    return config.engine.offload_optimizer == "nvme"
+
+
+def nvme_folder(config: Config) -> Path:
+    """This run's own folder for swap files, so that runs can share a disk."""
+    output_dir = Path(config.output_dir).resolve()
+    if config.engine.nvme_path is None:
+        return output_dir / ".offload"
+    return Path(config.engine.nvme_path) / f"{output_dir.name}-{zlib.crc32(bytes(output_dir)):08x}"
+
+
 def _offload_section(config: Config, device: str, on_gpu: bool) -> dict[str, Any]:
     section: dict[str, Any] = {"device": device, "pin_memory": on_gpu}
     if device == "nvme":
-        section["nvme_path"] = f"{config.output_dir}/.offload"
+        section["nvme_path"] = str(nvme_folder(config))
     return section

@@ -14,6 +14,7 @@ import sys
 import warnings
 from collections.abc import Iterator, MutableMapping
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -125,3 +126,44 @@ def groups_kept_apart(optimizer: torch.optim.Optimizer) -> Iterator[None]:
     for entries in optimizer.state.values():
         if isinstance(entries.get("step"), torch.Tensor):
             entries["step"] = entries["step"].clone()
+
+
+@contextlib.contextmanager
+def swap_files_left_alone(engine: Any) -> Iterator[None]:
+    """While entered, DeepSpeed saves and loads a checkpoint without copying its NVMe swap files.
+
+    It cannot go on from the copies (see `engine/ds_nvme.py`), which are as large as the whole state.
+
+    Remove when: it can, or copying them is a choice.
+
+    Args:
+        engine: DeepSpeed's.
+    """
+    engine.zero_nvme_offload_optimizer = lambda: False
+    try:
+        yield
+    finally:
+        del engine.zero_nvme_offload_optimizer
+
+
+def keep_gradients_in_memory(swapper: Any) -> None:
+    """Let what is swapped to NVMe be the optimizer's state, and not the gradients too.
+
+    DeepSpeed's `swap_tensor/partitioned_optimizer_swapper.py` (`_swap_in_pinned_gradients`) reads a
+    swapped gradient straight into its place in the group's buffer. Where that place is no multiple of
+    512 bytes (after a vocabulary of 61 x 32, for one) the optimizer then sees other numbers, in silence:
+    the loss of the second step was off by 1 %. The gradients' own memory exists anyway, so a step that
+    refers to it takes no more, and spares the disk a write and a read.
+
+    Remove when: a gradient at any place is read right.
+
+    Args:
+        swapper: The ZeRO-3 optimizer's `optimizer_swapper`.
+    """
+
+    def refer_to(parameter: Any, gradient_offsets: list[int], gradient_tensors: list[torch.Tensor]) -> None:
+        group = swapper.swap_params_info.get(swapper.parameter_id(parameter))
+        if group is not None:
+            group.unswapped_gradients.update(zip(gradient_offsets, gradient_tensors, strict=True))
+
+    swapper.swap_out_gradients = refer_to
