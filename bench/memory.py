@@ -223,11 +223,10 @@ def run_rank(config_path: Path, as_is: bool) -> None:
         return wrapper
 
     if not as_is:
-        run.keep_freed_memory = lambda: False
+        run.keep_freed_memory = lambda _device: False
     # The run calls its stages by these names: a meter around each, and nothing else is changed.
     for module, name, phase in (
-        (run, "load_model", "load"),
-        (run, "adapt", "load"),
+        (run, "build_model", "load"),
         (run, "can_isolate", "try out"),
         (run, "build_engine", "engine"),
         (loop, "evaluate", "evaluate"),
