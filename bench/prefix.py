@@ -175,7 +175,7 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     """Print one line per shape."""
     args = parse()
-    keep_freed_memory()
+    keep_freed_memory(torch.device("cpu"))
     results = []
     for name in args.shape or SHAPES:
         found = race(name, args)

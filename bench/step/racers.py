@@ -53,8 +53,7 @@ def burnish(race: Race, turns: Turns) -> None:
     from burnish.train.loop import train_step
 
     device = pick_device(ALONE)
-    if device.type == "cpu":
-        keep_freed_memory()
+    keep_freed_memory(device)
     engine, feed = own_engine(race, device)
     forget_peak()
     turns.ready({})
@@ -97,8 +96,8 @@ def _plain_loop(
     race: Race, turns: Turns, forward: Forward, documents_at_once: int, as_is: bool = False
 ) -> None:
     device = pick_device(ALONE)
-    if device.type == "cpu" and not as_is:
-        keep_freed_memory()
+    if not as_is:
+        keep_freed_memory(device)
     model = load_plain(race).to(device).train()
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-4, betas=(0.9, 0.95), weight_decay=0.0, fused=True)

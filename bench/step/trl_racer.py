@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, TrainerCallback
 
-from burnish.runtime import keep_freed_memory
+from burnish.runtime import Ranks, keep_freed_memory, pick_device
 from step.cases import Race
 from step.racers import labels_of, lora_config
 from step.trl_grid import TRL_GRID
@@ -35,7 +35,7 @@ def trl(race: Race, turns: Turns, name: str) -> None:
 
     settings = dict(TRL_GRID[name])
     if settings:  # at its best it gets the allocator too, at its defaults nothing
-        keep_freed_memory()
+        keep_freed_memory(pick_device(Ranks(0, 0, 1)))
     per_step = race.case.examples_per_step
     settings.setdefault("per_device_train_batch_size", min(8, per_step))
     accumulate = max(1, per_step // settings["per_device_train_batch_size"])

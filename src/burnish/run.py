@@ -10,6 +10,7 @@ config ─► data: load ► format ► render+mask ► (prepared cache) ─► 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from burnish.checkpoint.fingerprints import fingerprints
@@ -23,12 +24,11 @@ from burnish.data.windows import eval_cuts, plan_windows
 from burnish.engine.build import build_engine, model_init_context, parameter_dtype
 from burnish.export import Exporter
 from burnish.metrics import MetricsWriter
-from burnish.model.adapt import adapt
 from burnish.model.attention import asked, can_isolate
+from burnish.model.build import build_model
 from burnish.model.forward import SupervisedModel
-from burnish.model.load import load_model, load_model_config
+from burnish.model.load import load_model_config
 from burnish.model.objective import Objective
-from burnish.model.vocabulary import train_tokens
 from burnish.plan import ModelShape, explain_auto, make_plan, resolve_auto, unshared
 from burnish.records import TrainState
 from burnish.report.run_files import write_run_files
@@ -64,8 +64,7 @@ def train(config: Config) -> RunResult:
     ranks = ranks_from_environment()
     device = pick_device(ranks)
     quieten_libraries()
-    if device.type == "cpu":
-        keep_freed_memory()
+    keep_freed_memory(device)
     run_dir = Path(config.output_dir)
 
     # Data first: it needs no other rank, so nobody waits inside a collective while it is prepared.
@@ -79,37 +78,22 @@ def train(config: Config) -> RunResult:
     memory = smallest_over_ranks(device_memory_bytes(device, ranks), ranks)
     asked_for, world = config, (shape, ranks.world_size)
     config = resolve_auto(config, *world, memory, device.type)
-    model = load_model(
-        config.model,
-        seed=config.train.seed,
-        init_context=model_init_context(config, ranks, device),
-        param_dtype=parameter_dtype(config, ranks),
-        quantize=config.adapter.quantize if config.adapter else None,
-        vocabulary=vocabulary,
-    )
-    recompute, freeze = config.model.activation_checkpointing, config.model.freeze
-    tile = config.model.mlp_tile_tokens
-    with model_init_context(config, ranks, device):  # DoRA and PiSSA read weights: ZeRO-3 has to gather them
-        model = adapt(
-            model, config.adapter, recompute, seed=config.train.seed, freeze=freeze, mlp_tile_tokens=tile
-        )
-    train_tokens(model, shape.new_tokens)
+    context = partial(model_init_context, config, ranks, device)
+    model = build_model(config, parameter_dtype(config, ranks), vocabulary, shape.new_tokens, context)
     capability = can_isolate(model, *asked(config))
     sharing = config.engine.sequence_parallel
     parts, layout = max(1, ranks.world_size // sharing), (capability.packed, shape.cost_model(), sharing)
     prefixes = Prefixes(data.train, unshared(config, device.type, capability.unshared))
     windows = plan_windows(data.train, config.data, config.batch, config.train, parts, *layout, prefixes)
     choices = explain_auto(asked_for, config, memory)
-    plan = make_plan(
-        config, count_windows(windows, data.train), *world, device_type=device.type, choices=choices
-    )
+    counts = count_windows(windows, data.train)
+    plan = make_plan(config, counts, *world, device_type=device.type, choices=choices)
     if ranks.is_main:
         write_run_files(run_dir, config, plan, data.report)
         log.info("%s\n%s", plan.describe(), capability.reason)
 
-    engine = build_engine(
-        config, ranks, device, SupervisedModel(model, capability, Objective.of(config.train))
-    )
+    supervised = SupervisedModel(model, capability, Objective.of(config.train))
+    engine = build_engine(config, ranks, device, supervised)
     exporter = Exporter(config, engine, model, tokenizer, template, ranks)
     recorder = MetricsWriter(
         run_dir, config.log.trackers, ranks, num_steps=windows.num_steps, run_config=config.model_dump()

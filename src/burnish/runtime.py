@@ -301,7 +301,7 @@ def free_memory_bytes(root: Path = Path("/")) -> int | None:
     return free
 
 
-def keep_freed_memory() -> bool:
+def keep_freed_memory(device: torch.device) -> bool:
     """Have the C library keep memory that was freed, for the next step, instead of returning it.
 
     A step on the CPU frees and takes the same tensors of tens of megabytes again and again. glibc maps each
@@ -309,13 +309,16 @@ def keep_freed_memory() -> bool:
     the heap (`M_TRIM_THRESHOLD`), so that the kernel clears every page once a step: 15 to 20 % of the time.
     Freed memory stays with the process instead; its peak is what it was.
 
-    Called by a process that trains on a CPU, before it allocates. Not undone.
+    Called by a process that trains, before it allocates. Not undone.
+
+    Args:
+        device: What it trains on; nothing is done unless that is a CPU.
 
     Returns:
         Whether it was done: only glibc knows these settings (not musl, macOS or Windows), and memory given
         out by another allocator (jemalloc, tcmalloc, preloaded) is not touched by them.
     """
-    if platform.libc_ver()[0] != "glibc":
+    if device.type != "cpu" or platform.libc_ver()[0] != "glibc":
         return False
     libc = ctypes.CDLL(None)
     # From malloc.h; mallopt takes C ints and gives 1 for yes.

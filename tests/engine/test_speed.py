@@ -78,7 +78,8 @@ def test_phases_add_up_and_start_anew() -> None:
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the settings are glibc's")
 def test_glibc_takes_the_settings() -> None:
-    assert keep_freed_memory()
+    assert keep_freed_memory(torch.device("cpu"))
+    assert not keep_freed_memory(torch.device("cuda"))
 
 
 def test_a_confident_and_a_hopeless_target_keep_their_digits() -> None:

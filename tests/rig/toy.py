@@ -106,9 +106,7 @@ def toy_mixtral(seed: int = 1) -> MixtralForCausalLM:
     return MixtralForCausalLM(config)
 
 
-def toy_model(
-    config: Config, dtype: torch.dtype, tied: bool = False, mlp_width: int = 48
-) -> SupervisedModel:
+def toy_model(config: Config, dtype: torch.dtype, tied: bool = False, mlp_width: int = 48) -> SupervisedModel:
     """The supervised model as run.py makes it, without the folder."""
     capability_model: PreTrainedModel = toy_llama(tied=tied, mlp_width=mlp_width)
     if config.train.router_aux_loss:
