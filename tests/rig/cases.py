@@ -219,4 +219,5 @@ CASES: dict[str, Callable[[Mapping[str, Any], Ranks, Path], dict[str, Any]]] = {
     "wide": wide,
     "grown": grown,
     "sighted": sighted,
+    "partitioned": partitioned,
 }

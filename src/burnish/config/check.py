@@ -140,7 +140,7 @@ def _check_batch(config: Config) -> Iterator[Problem]:
 # Tried with DeepSpeed 0.19.8 on a CPU: fetching ahead, it asks twice for one weight and stops at an
 # assertion (partitioned_param_swapper.py, "already assigned swap buffer"); fp32 weights become bf16.
 _NVME_WEIGHTS = "where DeepSpeed stops in the first step"
-# Training is the same to the bit on two ranks (tests/train/test_nvme.py); DeepSpeed takes not all of the state
+# Training is the same on two ranks (tests/train/test_nvme.py); DeepSpeed takes not all of the state
 # back, and our own way (engine/ds_nvme.py) has not been seen to go on from a checkpoint.
 _NVME_STATE = "from whose checkpoints no run has been shown to go on yet"
 
