@@ -33,7 +33,11 @@ def partitioned(case: Mapping[str, Any], ranks: Ranks, output_dir: Path) -> dict
         why = str(refusal).splitlines()[0].replace(str(output_dir), "the folder")
         return {"zero3": f"refused: {why}"}
     except REFUSALS as error:
-        return {"zero3": f"no: {type(error).__name__}, {str(error).splitlines()[0]}"}
+        why = str(error).splitlines()[0]
+        # gloo's words, with a port in them, for ranks that do not take part in the same collective.
+        parted = "gloo/transport" in why
+        why = "its ranks part ways" if parted else f"{type(error).__name__}, {why}"
+        return {"zero3": f"no: {why}"}
 
 
 def _looked_at(family: str, packed: bool, ranks: Ranks, folder: Path) -> str:

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from tiny_models import COMMON, FAMILIES, build, collate, gradients, make_documents
+from tiny_models import build, collate, gradients, make_documents
 from torch.nn import functional
 
 from burnish.config.schema import AdapterConfig, TrainConfig
@@ -20,8 +20,6 @@ from burnish.model.objective import Objective
 CPU = torch.device("cpu")
 SHAPES = [HeadShape(), HeadShape(scale=0.5, softcap=2.0)]
 OBJECTIVES = [Objective(0.1), Objective(z_loss=0.3), Objective(0.2, 0.1)]
-
-FAMILIES["mixtral"] = dict(COMMON, num_local_experts=4, num_experts_per_tok=2, router_aux_loss_coef=0.02)
 
 
 def formula(logits, targets, weights, objective) -> torch.Tensor:

@@ -110,8 +110,3 @@ def test_wrong_targets_are_named_with_a_guess():
     text = str(caught.value)
     assert "q_porj" in text and "Did you mean q_proj" in text
     assert "nothing_like_it" in text and "down_proj" in text
-
-
-def test_light_recomputation_is_refused_for_now():
-    with pytest.raises(ConfigError, match="light"):
-        adapt(build("llama"), None, "light")

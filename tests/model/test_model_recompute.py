@@ -68,6 +68,8 @@ def same(found: dict[str, Any], expected: dict[str, Any]) -> None:
 def test_same_gradients(family: str, adapter: AdapterConfig | None) -> None:
     if adapter is not None and family == "gpt_oss":
         adapter = adapter.model_copy(update={"targets": ("q_proj", "o_proj")})
+    if adapter is not None and family == "mixtral":  # its experts are adapted as weights
+        adapter = adapter.model_copy(update={"dropout": 0.0})
     expected = trained(family, "none", adapter)
     for level in LEVELS:
         if level != "light" or family not in WRITE_OVER:

@@ -40,6 +40,7 @@ FAMILIES = {
     "cohere": dict(COMMON, logit_scale=0.25),
     "granite": dict(COMMON, logits_scaling=3.0, embedding_multiplier=2.0, residual_multiplier=0.5),
     "gpt_oss": dict(COMMON, num_local_experts=4, num_experts_per_tok=2, sliding_window=6),
+    "mixtral": dict(COMMON, num_local_experts=4, num_experts_per_tok=2, router_aux_loss_coef=0.02),
     "gpt_neox": dict(COMMON, hidden_dropout=0.0, attention_dropout=0.0),
     "mamba": dict(vocab_size=97, hidden_size=32, state_size=4, num_hidden_layers=2, pad_token_id=0,
                   bos_token_id=1, eos_token_id=2),

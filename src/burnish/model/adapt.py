@@ -91,7 +91,10 @@ def _adapted(model: PreTrainedModel, adapter: AdapterConfig) -> nn.Module:
         return get_peft_model(model, config, autocast_adapter_dtype=False)
     except ValueError as error:  # what peft knows not to work, such as convolutions of Mamba layers
         what = f"cannot all be given an adapter: {error}"
-        raise ConfigError(Problem("adapter.targets", what, "Name other layers, or all-linear.")) from error
+        # peft adapts the fused experts of some mixtures by itself, as weights, which cannot have dropout.
+        of_dropout = adapter.dropout > 0 and "lora_dropout" in str(error)
+        cure = "Set adapter.dropout to 0." if of_dropout else "Name other layers, or all-linear."
+        raise ConfigError(Problem("adapter.targets", what, cure)) from error
 
 
 def _lora_config(model: PreTrainedModel, adapter: AdapterConfig) -> LoraConfig:

@@ -53,7 +53,9 @@ def _is_linear(module: nn.Linear) -> bool:
     twin = copy.copy(module)
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(module.out_features, module.in_features, generator=generator)
-    bias = None if module.bias is None else torch.randn(module.out_features, generator=generator)
+    bias = (
+        None if module.bias is None else nn.Parameter(torch.randn(module.out_features, generator=generator))
+    )
     twin._parameters = {**module._parameters, "weight": nn.Parameter(weight), "bias": bias}
     x = torch.randn(1, 2, module.in_features, generator=generator)
     with torch.no_grad():

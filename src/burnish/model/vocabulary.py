@@ -73,7 +73,7 @@ def _linear_head(model: PreTrainedModel) -> nn.Linear | None:
 
 
 @torch.no_grad()
-def _grown(weight: nn.Parameter, unknown: torch.Tensor) -> nn.Parameter:
+def _grown(weight: Any, unknown: torch.Tensor) -> nn.Parameter:
     """The weight with as many rows as `unknown` says; the unknown ones are the mean of the others.
 
     A weight that ZeRO-3 has partitioned is gathered for it.
@@ -120,7 +120,7 @@ def train_tokens(model: nn.Module, tokens: Sequence[int]) -> None:
 
 
 @torch.no_grad()
-def _rows(weight: nn.Parameter, tokens: Sequence[int]) -> nn.Parameter:
+def _rows(weight: Any, tokens: Sequence[int]) -> nn.Parameter:
     with gather_params_ctx([weight], modifier_rank=None):
         return nn.Parameter(weight[list(tokens)].float().clone())
 
