@@ -61,8 +61,7 @@ def test_looking_up_borders_is_looking_at_every_token(kind, parts, data):
     text = "".join(parts)
     spans = data.draw(_spans(text))
     encoding = _BACKENDS[kind].encode(text, add_special_tokens=False)
-    nonempty = [span for span in spans if span[0] < span[1]]
-    expected = weights_by_offsets(encoding.offsets, nonempty)
+    expected = weights_by_offsets(encoding.offsets, spans)
     assert np.array_equal(token_weights(encoding, spans), expected), (text, spans, encoding.offsets)
 
 
@@ -75,9 +74,13 @@ def test_places_by_lengths_are_places_by_offsets(kind, parts, data):
     spans = data.draw(_spans(text))
     encoding = backend.encode(text, add_special_tokens=False)
     ((ids, weights),) = TextTokenizer(backend).encode([text], [spans])
-    expected = weights_by_offsets(encoding.offsets, [span for span in spans if span[0] < span[1]])
+    expected = weights_by_offsets(encoding.offsets, spans)
     assert ids.tolist() == encoding.ids
     assert np.array_equal(weights, expected), (text, spans, encoding.tokens, encoding.offsets)
+
+
+def test_an_empty_span_inside_a_token_weighs_nothing():
+    assert weights_by_offsets([(0, 1), (1, 3)], [(2, 2, 0.5)]).tolist() == [0.0, 0.0]
 
 
 _TEXTS = ["Ab z", "<|im_end|>Ab<|im_end|>Ab é\n", "", "你Ab"]

@@ -2,10 +2,11 @@
 
 import pytest
 import torch
-from tiny_models import FAMILIES, build, collate, make_documents
+from tiny_models import FAMILIES, build, make_documents
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from breadth.batches import collate
 from burnish.errors import ConfigError
 from burnish.model import document_attention as ours
 from burnish.model.attention import can_isolate, verify_isolation

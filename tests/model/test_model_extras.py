@@ -4,9 +4,10 @@ import math
 
 import pytest
 import torch
-from tiny_models import build, collate, gradients, make_documents
+from tiny_models import build, gradients, make_documents
 from torch.nn import functional
 
+from breadth.batches import collate
 from burnish.config.schema import AdapterConfig, TrainConfig
 from burnish.errors import ConfigError
 from burnish.model import head as head_module

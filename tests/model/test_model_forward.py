@@ -5,8 +5,9 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
-from tiny_models import build, collate, gradients, make_documents, reference_loss
+from tiny_models import build, gradients, make_documents, reference_loss
 
+from breadth.batches import collate
 from burnish.config.schema import AdapterConfig
 from burnish.errors import ConfigError
 from burnish.model.adapt import adapt

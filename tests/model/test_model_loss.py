@@ -2,8 +2,9 @@
 
 import pytest
 import torch
-from tiny_models import FAMILIES, build, collate, gradients, make_documents, reference_loss
+from tiny_models import FAMILIES, build, gradients, make_documents, reference_loss
 
+from breadth.batches import collate
 from burnish.config.schema import AdapterConfig
 from burnish.model.adapt import adapt
 from burnish.model.anatomy import causal_model

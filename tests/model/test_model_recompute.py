@@ -7,10 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import FAMILIES, build, collate, gradients, make_documents
+from tiny_models import FAMILIES, build, gradients, make_documents
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from breadth.batches import collate
 from burnish.config.schema import AdapterConfig
 from burnish.errors import ConfigError
 from burnish.model import recompute

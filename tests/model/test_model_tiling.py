@@ -6,10 +6,11 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import build, collate, gradients, make_documents
+from tiny_models import build, gradients, make_documents
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from breadth.batches import collate
 from burnish.config.schema import AdapterConfig
 from burnish.errors import ConfigError
 from burnish.model import tiling

@@ -2,9 +2,10 @@
 
 import pytest
 import torch
-from tiny_models import collate, gradients, make_documents, reference_loss
+from tiny_models import gradients, make_documents, reference_loss
 from tiny_vision import FAMILIES, build_vision
 
+from breadth.batches import collate
 from burnish.config.schema import AdapterConfig, ModelConfig
 from burnish.errors import ConfigError
 from burnish.model.adapt import adapt

@@ -5,9 +5,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from tiny_models import build, collate, gradients, make_documents
+from tiny_models import build, gradients, make_documents
 from transformers import AutoModelForCausalLM
 
+from breadth.batches import collate
 from burnish.config.schema import AdapterConfig, ModelConfig
 from burnish.errors import ConfigError
 from burnish.model.adapt import adapt

@@ -5,7 +5,7 @@ import numpy as np
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from burnish.records import NO_TARGET, MicroBatch
+from burnish.records import NO_TARGET
 
 COMMON = dict(
     vocab_size=97,
@@ -72,31 +72,6 @@ def make_documents(seed: int = 0, lengths=(9, 17, 1, 12, 5), vocabulary: int = 9
             weights[:] = 0.0
         documents.append((tokens, weights))
     return documents
-
-
-def collate(documents, packed: bool) -> MicroBatch:
-    lengths = [len(t) for t, _ in documents]
-    shape = (1, sum(lengths)) if packed else (len(lengths), max(lengths))
-    token_ids, position_ids = np.zeros(shape, np.int64), np.zeros(shape, np.int64)
-    targets, loss_weights = np.full(shape, NO_TARGET, np.int64), np.zeros(shape, np.float32)
-    start = 0
-    for row, (tokens, weights) in enumerate(documents):
-        length = len(tokens)
-        place = (0, slice(start, start + length)) if packed else (row, slice(0, length))
-        token_ids[place], position_ids[place] = tokens, np.arange(length)
-        shifted = np.append(weights[1:], 0).astype(np.float32)
-        loss_weights[place] = shifted
-        targets[place] = np.where(shifted > 0, np.append(tokens[1:], 0), NO_TARGET)
-        start += length
-    return MicroBatch(
-        token_ids=token_ids,
-        position_ids=position_ids,
-        targets=targets,
-        weights=loss_weights,
-        document_lengths=np.asarray(lengths, np.int32),
-        example_ids=np.arange(len(lengths), dtype=np.int64),
-        packed=packed,
-    )
 
 
 def reference_loss(model, documents) -> torch.Tensor:

@@ -60,5 +60,6 @@ def weights_by_offsets(
     starts, ends = bounds[:, 0], bounds[:, 1]
     weights = np.zeros(len(bounds), np.float32)
     for start, end, weight in spans:
-        weights[(ends > start) & (starts < end)] = weight
+        if start < end:  # an empty span shares no character with a token, even inside one
+            weights[(ends > start) & (starts < end)] = weight
     return weights
