@@ -2,22 +2,9 @@
 """Tiny vision-language models, from their configs."""
 
 import torch
+from tiny_models import COMMON as TEXT
 from transformers import AutoConfig, AutoModelForImageTextToText
 
-TEXT = dict(
-    vocab_size=97,
-    hidden_size=32,
-    intermediate_size=48,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    head_dim=8,
-    max_position_embeddings=128,
-    initializer_range=0.3,
-    pad_token_id=0,
-    bos_token_id=1,
-    eos_token_id=2,
-)
 SEES = dict(hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, image_size=16,
             patch_size=8)  # fmt: skip
 MROPE = dict(rope_type="default", mrope_section=[1, 1, 2], rope_theta=10000.0)

@@ -18,7 +18,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
-from burnish.checkpoint.durable import fsync_folders, fsync_path
 from burnish.checkpoint.manifest import (
     ENGINE_FOLDER,
     FOLDER,
@@ -28,6 +27,7 @@ from burnish.checkpoint.manifest import (
     write_manifest,
     write_state,
 )
+from burnish.durable import fsync_folders, fsync_path
 from burnish.engine.base import Engine
 from burnish.errors import CheckpointError, Problem
 from burnish.records import TrainState

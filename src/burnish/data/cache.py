@@ -22,6 +22,7 @@ from typing import Any
 
 import xxhash
 
+from burnish.durable import fsync_path
 from burnish.errors import MachineError, Problem
 
 log = logging.getLogger("burnish")
@@ -63,7 +64,7 @@ def commit(staged: Path, folder: Path, summary: Mapping[str, Any]) -> None:
     text = json.dumps({**summary, "files_bytes": sizes}, ensure_ascii=True, indent=1)
     (staged / SUMMARY_FILE).write_text(text, "utf-8")
     for file in (*staged.iterdir(), staged):
-        _fsync(file)
+        fsync_path(file)
     if folder.exists() and read_summary(folder) is None:
         shutil.rmtree(folder, ignore_errors=True)  # damaged: whoever reads it prepares anew too
     try:
@@ -72,15 +73,7 @@ def commit(staged: Path, folder: Path, summary: Mapping[str, Any]) -> None:
         if read_summary(folder) is None:
             raise
         shutil.rmtree(staged, ignore_errors=True)  # another run was first, with the same content
-    _fsync(folder.parent)
-
-
-def _fsync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    fsync_path(folder.parent)
 
 
 def open_cache(cache: Path) -> None:

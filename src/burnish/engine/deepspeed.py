@@ -24,6 +24,7 @@ import deepspeed
 import torch
 from deepspeed.ops.op_builder import AsyncIOBuilder  # pyright: ignore[reportAttributeAccessIssue]
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+from deepspeed.runtime.zero.utils import is_zero_param
 from deepspeed.utils import logger as deepspeed_logger
 from jaxtyping import Float
 from pydantic import BaseModel
@@ -375,7 +376,7 @@ class DeepSpeedEngine(Engine):
 
 @torch.no_grad()
 def _share_whole_weights(model: torch.nn.Module, ranks: Ranks) -> None:
-    """Give every rank rank 0's fresh weights; partitioned ones (`ds_id`) are shared already.
+    """Give every rank rank 0's fresh weights; partitioned ones are shared already.
 
     DeepSpeed does this itself, except where some of the model was loaded partitioned: then a fresh
     adapter would be put together from pieces of different ranks' random numbers.
@@ -383,6 +384,5 @@ def _share_whole_weights(model: torch.nn.Module, ranks: Ranks) -> None:
     if ranks.world_size == 1:
         return
     for parameter in model.parameters():
-        # `ds_id` is DeepSpeed's only mark on a parameter that it has partitioned.
-        if parameter.requires_grad and not hasattr(parameter, "ds_id"):
+        if parameter.requires_grad and not is_zero_param(parameter):
             torch.distributed.broadcast(parameter.data, src=0)

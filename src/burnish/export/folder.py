@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -11,6 +10,7 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 
+from burnish.durable import fsync_path
 from burnish.errors import MachineError, Problem
 
 
@@ -30,7 +30,8 @@ def whole_folder(folder: Path) -> Iterator[Path]:
             shutil.rmtree(leftover, ignore_errors=True)
         staging.mkdir(parents=True)
         yield staging
-        _fsync(staging)
+        for path in (*staging.rglob("*"), staging):
+            fsync_path(path)
         if folder.exists():
             folder.rename(old)
         staging.rename(folder)
@@ -83,15 +84,6 @@ def same_bits(first: torch.Tensor, second: torch.Tensor) -> bool:
         return False
     one, two = (tensor.contiguous().flatten().view(torch.uint8) for tensor in (first, second))
     return torch.equal(one, two)
-
-
-def _fsync(folder: Path) -> None:
-    for path in [*folder.rglob("*"), folder]:
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
 
 
 def _missing(found: Mapping[str, int], wanted: Mapping[str, torch.Tensor], by_name: bool) -> list[str]:
