@@ -140,9 +140,6 @@ def _check_batch(config: Config) -> Iterator[Problem]:
 # Tried with DeepSpeed 0.19.8 on a CPU: fetching ahead, it asks twice for one weight and stops at an
 # assertion (partitioned_param_swapper.py, "already assigned swap buffer"); fp32 weights become bf16.
 _NVME_WEIGHTS = "where DeepSpeed stops in the first step"
-# Training is the same on two ranks (tests/train/test_nvme.py); DeepSpeed takes not all of the state
-# back, and our own way (engine/ds_nvme.py) has not been seen to go on from a checkpoint.
-_NVME_STATE = "from whose checkpoints no run has been shown to go on yet"
 
 
 def _check_engine(config: Config) -> Iterator[Problem]:
@@ -171,9 +168,6 @@ def _check_engine(config: Config) -> Iterator[Problem]:
         cure = "Set engine.zero_stage: 3, or engine.offload_optimizer: cpu."
         what = f"is nvme, which needs ZeRO 3, but engine.zero_stage is {engine.zero_stage}"
         yield Problem("engine.offload_optimizer", what, cure)
-    elif engine.offload_optimizer == "nvme":
-        what = f"is nvme, {_NVME_STATE}"
-        yield Problem("engine.offload_optimizer", what, "Use engine.offload_optimizer: cpu.")
     if engine.nvme_path is not None and engine.offload_optimizer != "nvme":
         cure = "Set engine.offload_optimizer: nvme, or leave engine.nvme_path out."
         yield Problem("engine.nvme_path", "is set, but nothing is offloaded to nvme", cure)
