@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import itertools
 import pickle
 from collections.abc import Sequence
 from typing import Any
@@ -145,6 +146,31 @@ def test_split_cuts_at_turns_and_repeats_the_system_turn() -> None:
     assert all(len(p.example.token_ids) <= 100 for p in parts)
     assert [t for p in parts[1:] for t in _trained(tokenizer, p)] == _trained(tokenizer, whole[0])
     assert all(p.num_tokens_cut == 0 for p in parts)
+
+
+@pytest.mark.parametrize("num_words", [8, 9, 10, 11, 57])
+def test_pieces_of_a_split_text_learn_every_token_once(num_words: int) -> None:
+    tokenizer = llama2_kind()
+    text = Conversation("s", "s:1", text=" ".join(["hello"] * num_words))
+    [whole] = Encoder(tokenizer, None, _data()).encode([text])
+    parts = Encoder(tokenizer, None, _data(too_long="split", max_tokens=8)).encode([text])
+    assert all(2 <= len(part.example.token_ids) <= 8 for part in parts)
+    for before, part in itertools.pairwise(parts):
+        assert part.example.token_ids[0] == before.example.token_ids[-1] and part.example.weights[0] == 0
+    targets = np.concatenate([part.example.token_ids[1:] for part in parts])
+    assert targets.tolist() == whole.example.token_ids[1:].tolist()
+    assert sum(int(part.example.trained[1:].sum()) for part in parts) == len(targets)
+    assert sum(part.num_tokens_cut for part in parts) == 0
+
+
+def test_pieces_of_split_tokens_with_nothing_to_learn_are_counted_as_lost() -> None:
+    weights = [0.0] * 4 + [1.0] + [0.0] * 8 + [0.5]
+    given = Conversation("s", "s:1", token_ids=list(range(5, 19)), token_weights=weights)
+    parts = Encoder(llama2_kind(), None, _data(too_long="split", max_tokens=4)).encode([given])
+    assert [part.example.token_ids.tolist() for part in parts] == [[8, 9, 10, 11], [17, 18]]
+    assert [part.example.weights.tolist() for part in parts] == [[0, 1, 0, 0], [0, 0.5]]
+    assert [part.num_tokens_cut for part in parts] == [8, 0]
+    assert all(part.num_supervised_cut == 0 for part in parts)
 
 
 def test_text_gets_one_eos_and_the_bos_that_the_tokenizer_puts() -> None:

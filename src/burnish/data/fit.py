@@ -70,6 +70,36 @@ def truncated(
     )
 
 
+def token_pieces(
+    index: int,
+    conversation: Conversation,
+    ids: Int32[np.ndarray, " tokens"],
+    weights: Float32[np.ndarray, " tokens"],
+    limit: int,
+) -> list[Encoded]:
+    """Text or ready-made tokens as pieces of at most `limit` tokens; pieces with nothing to learn are lost.
+
+        tokens     a b c d e f g h      limit 4
+        piece 0    a b c d              the first token of all has nothing to be predicted from
+        piece 1          d e f g        d again, as context: it has been learned, and e is now a target
+        piece 2                g h
+
+    So every target of the whole is a target of exactly one piece.
+    """
+    parts: list[Encoded] = []
+    kept = np.zeros(len(ids), bool)
+    for start in range(0, len(ids) - 1, max(limit - 1, 1)):
+        piece = slice(start, start + limit)
+        own = weights[piece].copy()
+        if start:
+            own[0] = 0.0
+        if num_supervised(own):
+            parts.append(example_of(index, conversation, ids[piece], own))
+            kept[piece] = True
+    lost = len(ids) - int(kept.sum())
+    return [replace(parts[0], num_tokens_cut=lost), *parts[1:]] if parts else []
+
+
 def halves(conversation: Conversation, train_on: str) -> tuple[Conversation, Conversation] | None:
     """The conversation cut before the user's turn that is nearest to its middle; None if it has only one
     exchange. The system turns in front go with both halves."""

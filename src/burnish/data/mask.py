@@ -26,7 +26,7 @@ from tokenizers import Tokenizer
 from burnish.config.schema import DataConfig
 from burnish.data import stamp
 from burnish.data.control import Aliased, ControlTokens
-from burnish.data.fit import Encoded, example_of, halves, num_supervised, truncated
+from burnish.data.fit import Encoded, example_of, halves, num_supervised, token_pieces, truncated
 from burnish.data.problems import RowProblem
 from burnish.data.render import ChatRenderer, Span
 from burnish.data.tiling import TextTokenizer
@@ -283,16 +283,10 @@ class Encoder:
         """Parts that fit, or that are one exchange and cannot be split further.
 
         Messages are split before a user's turn, every part gets the system turn again, and each is a
-        conversation of its own: rendered, proved and tokenised as one. Text and tokens are cut every
-        `max_tokens` tokens.
+        conversation of its own: rendered, proved and tokenised as one. Text and tokens are cut by length.
         """
-        limit = self._data.max_tokens
         if conversation.messages is None:
-            pieces = [(ids[a : a + limit], weights[a : a + limit]) for a in range(0, len(ids), limit)]
-            useful = [piece for piece in pieces if num_supervised(piece[1])]
-            lost = len(ids) - sum(len(piece[0]) for piece in useful)
-            parts = [example_of(index, conversation, *piece) for piece in useful]
-            return [replace(parts[0], num_tokens_cut=lost), *parts[1:]] if parts else []
+            return token_pieces(index, conversation, ids, weights, self._data.max_tokens)
         two = halves(conversation, self._data.train_on)
         if two is None:
             return []
