@@ -101,8 +101,15 @@ def _memory_here(on_gpus: bool, world_size: int) -> int | None:
 
 
 def model_shape(config: Config) -> ModelShape:
-    """Widths of the model, from its config.json."""
-    return ModelShape.from_config_json(_model_config(config))
+    """Widths of the model, from its config.json. Of a vision-language model what is beside the language
+    model is counted too, which takes the seconds that torch needs to load."""
+    values = _model_config(config)
+    if not isinstance(values.get("text_config"), dict):
+        return ModelShape.from_config_json(values)
+    from burnish.model.foresee import shape_of
+    from burnish.model.load import load_model_config
+
+    return shape_of(load_model_config(config.model))
 
 
 def _layout(config: Config) -> tuple[bool, str | None]:

@@ -26,10 +26,11 @@ from burnish.export import Exporter
 from burnish.metrics import MetricsWriter
 from burnish.model.attention import asked, can_isolate
 from burnish.model.build import build_model
+from burnish.model.foresee import shape_of
 from burnish.model.forward import SupervisedModel
 from burnish.model.load import load_model_config
 from burnish.model.objective import Objective
-from burnish.plan import ModelShape, explain_auto, make_plan, resolve_auto, unshared
+from burnish.plan import explain_auto, make_plan, resolve_auto, unshared
 from burnish.records import TrainState
 from burnish.report.run_files import write_run_files
 from burnish.runtime import (
@@ -71,7 +72,7 @@ def train(config: Config) -> RunResult:
     tokenizer, template = load_tokenizer(config.model, config.data)
     data = prepare(config, tokenizer, template)
     vocabulary = vocabulary_of(tokenizer, config.model)
-    shape = ModelShape.from_config_json(load_model_config(config.model).to_dict()).grown(vocabulary)
+    shape = shape_of(load_model_config(config.model)).grown(vocabulary)
     require_rows(tokenizer, shape.vocab_size, (data.train, data.eval))
 
     start_process_group(ranks, device, config.launch.hang_timeout_seconds)

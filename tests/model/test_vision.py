@@ -1,21 +1,29 @@
 """Vision-language models as text models: the language model alone gives the whole model's loss."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from tiny_models import gradients, make_documents, reference_loss
 from tiny_vision import FAMILIES, build_vision
 
 from breadth.batches import collate
-from burnish.config.schema import AdapterConfig, ModelConfig
+from burnish.config.schema import AdapterConfig, Config, ModelConfig
 from burnish.errors import ConfigError
 from burnish.model.adapt import adapt
 from burnish.model.attention import can_isolate
+from burnish.model.foresee import shape_of
 from burnish.model.forward import SupervisedModel, to_device
-from burnish.model.load import load_model
+from burnish.model.load import load_model, load_model_config
 from burnish.model.surrogate import build_surrogate
 from burnish.model.vision import kept_names
+from burnish.plan.memory import estimate_memory
+from burnish.plan.shapes import ModelShape
 
 LORA = AdapterConfig(kind="lora", rank=2, alpha=4)
+LLAMA = dict.fromkeys(("hidden_size", "intermediate_size", "vocab_size"), 64) | {
+    "model_type": "llama", "num_hidden_layers": 2, "num_attention_heads": 4,
+}  # fmt: skip
 OF_VISION = ("visual", "vision", "connector", "projector")
 
 
@@ -50,6 +58,36 @@ def test_its_loss_is_the_whole_models(tmp_path, family):
     assert kept and all(any(part in name for part in OF_VISION) for name in kept)
     assert not any(part in name for name in ours for part in OF_VISION)
     assert {n for n, p in model.named_parameters() if not p.requires_grad} == kept
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_is_beside_the_language_model_is_planned_for(tmp_path, family):
+    build_vision(family).save_pretrained(tmp_path)
+    model = load(tmp_path)
+    sizes = {name: p.numel() for name, p in model.named_parameters() if name in kept_names(model)}
+    shape = shape_of(load_model_config(ModelConfig(path=str(tmp_path))))
+    assert shape.kept_params == sum(sizes.values()) > shape.kept_matrices > 0
+    config = Config.model_validate({"model": {"path": "m"}, "data": {"train": "d"}, "output_dir": "o"})
+    without = replace(shape, kept_params=0, kept_matrices=0)
+    more = [estimate_memory(config, s, 1, 64).device.weights for s in (shape, without)]
+    # Trained in fp32 on one process, the vision part is loaded in it too.
+    assert more[0] - more[1] == sum(p.nbytes for n, p in model.named_parameters() if n in sizes)
+
+
+def test_a_vision_part_is_packed_in_4_bits_where_the_base_is_and_shared_out_by_zero_3():
+    shape = ModelShape.from_config_json(LLAMA).beside(1000, 640)
+    adapter = {"rank": 8, "quantize": "nf4"}
+    for keys, ranks, wanted in (
+        ({"adapter": {"rank": 8}}, 1, 2000),
+        ({"adapter": adapter}, 1, 2 * 360 + 640 * (0.5 + 4 / 64)),
+        ({"engine": {"kind": "deepspeed", "zero_stage": 3}}, 4, 500),
+    ):
+        base = {"model": {"path": "m"}, "data": {"train": "d"}, "output_dir": "o"}
+        config = Config.model_validate(base | keys)
+        with_it, without = (
+            estimate_memory(config, s, ranks, 64).device.weights for s in (shape, shape.beside(0, 0))
+        )
+        assert with_it - without == pytest.approx(wanted, abs=1)
 
 
 @pytest.mark.parametrize("family", ["qwen2_vl", "llava", "gemma3"])

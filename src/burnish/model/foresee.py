@@ -2,12 +2,27 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from burnish.config.schema import Config
 from burnish.model.attention import Capability, asked, can_isolate
 from burnish.model.load import load_model_config
-from burnish.model.vision import architecture_of
+from burnish.model.vision import architecture_of, count_kept
+from burnish.plan.shapes import ModelShape
+
+
+def shape_of(model_config: Any) -> ModelShape:
+    """Widths of a model, and how much it has besides a language model.
+
+    Args:
+        model_config: As `load_model_config` returns it.
+
+    Raises:
+        ConfigError: It lacks a width, or has no language model of its own.
+    """
+    return ModelShape.from_config_json(model_config.to_dict()).beside(*count_kept(model_config))
 
 
 def foresee_capability(config: Config) -> Capability | None:

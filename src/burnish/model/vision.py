@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
 from transformers.models.auto.modeling_auto import (
@@ -82,6 +83,30 @@ def kept_names(model: PreTrainedModel) -> set[str]:
     )
     ours = {id(p) for part in parts if part is not None for p in part.parameters()}
     return {name for name, p in model.named_parameters(remove_duplicate=False) if id(p) not in ours}
+
+
+def count_kept(config: Any) -> tuple[int, int]:
+    """Parameters that are no part of the language model, and how many of them are weights of plain linear
+    layers, which `adapter.quantize` packs too. The model is built without memory for its weights.
+
+    Args:
+        config: As transformers reads a config.json.
+
+    Returns:
+        Zeros for a plain language model, and where code that comes with the model would have to be run.
+
+    Raises:
+        ConfigError: See `language_model`.
+    """
+    architecture: Any = architecture_of(config)
+    if architecture is None or config.get_text_config(decoder=True) is config:
+        return 0, 0
+    with torch.device("meta"):
+        model = architecture(config)
+    kept = kept_names(model)
+    linears = {f"{name}.weight" for name, module in model.named_modules() if type(module) is nn.Linear}
+    sizes = {name: parameter.numel() for name, parameter in model.named_parameters() if name in kept}
+    return sum(sizes.values()), sum(size for name, size in sizes.items() if name in linears)
 
 
 def language_linears(model: PreTrainedModel) -> list[str]:

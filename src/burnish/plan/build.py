@@ -136,7 +136,7 @@ def make_plan(
         num_warmup_steps=num_warmup_steps(counts.num_steps, config.schedule),
         checkpoint_steps=checkpoint_steps,
         eval_steps=eval_steps if has_eval else (),
-        num_params=model_shape.num_params,
+        num_params=model_shape.num_params + model_shape.kept_params,
         num_trainable_params=trainable_params(config, model_shape),
         exact_params=model_shape.exact,
         memory=memory,

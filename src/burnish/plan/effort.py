@@ -84,7 +84,8 @@ def checkpoint_bytes(config: Config, shape: ModelShape, world_size: int) -> int:
 def disk_bytes(config: Config, shape: ModelShape, world_size: int, num_saves: int) -> int:
     """Most that the run's folder takes: kept checkpoints, the one being written, final and best."""
     kept = min(num_saves, config.checkpoint.keep + 1)
-    num_exported = shape.num_params if config.adapter is None else trainable_params(config, shape)
+    whole = shape.num_params + shape.kept_params
+    num_exported = whole if config.adapter is None else trainable_params(config, shape)
     exported = num_exported * (4 if config.model.dtype == "fp32" else 2)
     evaluates = config.data.eval is not None or config.data.eval_fraction > 0
     return kept * checkpoint_bytes(config, shape, world_size) + exported * (2 if evaluates else 1)

@@ -88,6 +88,8 @@ class _Setup:
     """Of a frozen element that is not quantised."""
     quantized: int
     """Frozen weights kept in 4 bits."""
+    beside_bytes: int
+    """Of frozen weights beside the language model, which never run."""
     trains_head: bool
     accumulates: bool
     """A step has several micro-batches."""
@@ -150,6 +152,8 @@ def _read(config: Config, shape: ModelShape, world_size: int, accumulates: bool,
     linear = sum(m.d_in * m.d_out for m in matrices)
     masters = whole and not stage  # the model's weights are fp32, trained or not
     outside = shape.num_params - shape.layer_params
+    frozen_bytes = 4 if masters else element
+    packed = shape.kept_matrices if quantize else 0
     autocast = element == 2 and not stage
     return _Setup(
         stage=stage,
@@ -162,8 +166,9 @@ def _read(config: Config, shape: ModelShape, world_size: int, accumulates: bool,
         cast=max(0, trainable - (outside if whole else 0)) if autocast else 0,
         optimizer_bytes=optimizer_bytes(config, shape),
         frozen=shape.num_params - (trainable if whole else 0),
-        frozen_bytes=4 if masters else element,
+        frozen_bytes=frozen_bytes,
         quantized=linear if quantize else 0,
+        beside_bytes=int((shape.kept_params - packed) * frozen_bytes + packed * _NF4_BYTES),
         trains_head=whole or bool(shape.new_tokens),
         accumulates=accumulates,
     )
@@ -182,7 +187,7 @@ def _states(setup: _Setup) -> MemoryParts:
     masters = 4 if setup.stage in (1, 2) or (setup.stage and element == 2) else 0
     frozen = (setup.frozen - setup.quantized) * setup.frozen_bytes + setup.quantized * _NF4_BYTES
     return MemoryParts(
-        weights=setup.shard(setup.trainable * kept + frozen, 3),
+        weights=setup.shard(setup.trainable * kept + frozen + setup.beside_bytes, 3),
         gradients=0 if setup.offloads else setup.shard(setup.trainable * 4, 2),
         optimizer=setup.shard(setup.optimizer_bytes + setup.trainable * masters, 1),
         activations=0,

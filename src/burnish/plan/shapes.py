@@ -120,6 +120,14 @@ class ModelShape:
     """Whether parameter counts are known for this family, or estimated."""
     new_tokens: tuple[int, ...] = ()
     """Tokens whose rows an adapter trains too."""
+    kept_params: int = 0
+    """Frozen weights beside the language model (a vision part), which are in memory and never run."""
+    kept_matrices: int = 0
+    """Of those, the weights of linear layers, which quantisation packs."""
+
+    def beside(self, kept_params: int, kept_matrices: int) -> ModelShape:
+        """The shape of the language model in a checkpoint that has these weights besides."""
+        return replace(self, kept_params=kept_params, kept_matrices=kept_matrices)
 
     def grown(self, vocabulary: Vocabulary) -> ModelShape:
         """The shape with the rows that a tokenizer asks for."""
@@ -142,7 +150,7 @@ class ModelShape:
 
     @property
     def num_params(self) -> int:
-        """Of the whole model, a tied head counted once."""
+        """Of the whole language model, a tied head counted once."""
         return self.layer_params + self.embedding_params * (1 if self.tied else 2) + self.other_params
 
     @property
