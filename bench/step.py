@@ -25,12 +25,13 @@ from typing import Any
 BENCH = Path(__file__).parent
 sys.path.insert(0, str(BENCH))
 
+from data_path.machine import machine  # noqa: E402
+from data_path.preparing import masks  # noqa: E402
+from data_path.rows import read_rows, tokenizer_for  # noqa: E402
 from step.cases import CASES, QUICK, Case  # noqa: E402
 from step.front_door import stage, time_split, train, zero_cost  # noqa: E402
 from step.race import ALWAYS, PEERS, Settings, run_case  # noqa: E402
 from step.table import printed, verdicts, write_page  # noqa: E402
-
-import data as data_bench  # noqa: E402
 
 QUICK_PEERS = ("trl", "trl-single")
 NEAR_PEERS = ("trl-single",)
@@ -39,9 +40,9 @@ PEERS_VENV = BENCH.parent / "build" / "peers"
 
 def examples_of(file: str | None, tokenizer_folder: str | None, num: int) -> list[Any]:
     """Rows as token ids and weights, by the same encoder as in a run."""
-    rows = data_bench.read_rows(file, num)
-    tokenizer = data_bench.tokenizer_for(tokenizer_folder, rows)
-    batches = data_bench._masks(rows, tokenizer)()
+    rows = read_rows(file, num)
+    tokenizer = tokenizer_for(tokenizer_folder, rows)
+    batches = masks(rows, tokenizer)()
     return [done.example for batch in batches for done in batch if done.example is not None]
 
 
@@ -95,11 +96,11 @@ def through_the_door(args: argparse.Namespace) -> dict[str, Any]:
     """`--front-door` and `--zero`."""
     found: dict[str, Any] = {}
     with tempfile.TemporaryDirectory(prefix="burnish-door-") as scratch:
-        rows = data_bench.read_rows(args.data, args.front_door or 400)
+        rows = read_rows(args.data, args.front_door or 400)
         rows = [
             {**row, "instruction": f"{i}. {row['instruction']}"} for i, row in enumerate(rows)
         ]  # no twins
-        tokenizer = data_bench.tokenizer_for(args.tokenizer, rows)
+        tokenizer = tokenizer_for(args.tokenizer, rows)
         stage(Path(scratch), "llama", rows, tokenizer, small=args.front_door is not None)
         if args.front_door:
             found["front_door"] = time_split(train(Path(scratch), []))
@@ -118,7 +119,7 @@ def main() -> None:
     results: dict[str, Any] = {"cases": {}}
     if path is not None and path.exists():
         results = json.loads(path.read_text("utf-8"))
-    results |= {"machine": data_bench.machine(), "data": "an Alpaca file" if args.data else "made up"}
+    results |= {"machine": machine(), "data": "an Alpaca file" if args.data else "made up"}
     if args.front_door or args.zero:
         results |= through_the_door(args)
         chosen = []

@@ -9,33 +9,13 @@ import math
 from pathlib import Path
 
 import pytest
-from tokenizers_on_the_spot import byte_level
+from rows_on_the_spot import ANSWER, GOOD, TOKENIZER, USER, line, run, run_file, said
 
-from burnish.config.schema import Config
-from burnish.data.prepare import PreparedData, prepare
 from burnish.data.problems import RULES
 from burnish.data.report import describe
-from burnish.data.tokenizer import builtin_templates
 from burnish.errors import ConfigError, DataError
 
-USER = {"role": "user", "content": "Hi"}
-ANSWER = {"role": "assistant", "content": "Hello"}
-GOOD = {"messages": [USER, ANSWER]}
 CALL = {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "{}"}}]}
-
-REFUSES_SYSTEM = (
-    "{% if messages[0].role == 'system' %}{{ raise_exception('no system turns here') }}{% endif %}"
-    + builtin_templates()["chatml"]
-)
-
-
-def said(*contents, role: str = "assistant") -> dict:
-    return {"messages": [USER, *({"role": role, "content": content} for content in contents)]}
-
-
-def line(row) -> bytes:
-    return json.dumps(row).encode()
-
 
 ERROR, DROP, FIX = "error", "drop", "fix"
 
@@ -108,27 +88,6 @@ TABLE = [
 ]
 NAMES = [case[0] for case in TABLE]
 
-TOKENIZER = byte_level(["<|im_start|>", "<|im_end|>"])
-
-
-def run(folder: Path, *rows: bytes | dict, suffix: str = "jsonl", num_good: int = 3, **data) -> PreparedData:
-    path = folder / f"rows.{suffix}"
-    written = [row if isinstance(row, bytes) else line(row) for row in (*rows, *[GOOD] * num_good)]
-    path.write_bytes(b"\n".join(written))
-    return run_file(path, **data)
-
-
-def run_file(*paths: Path, **data) -> PreparedData:
-    keys = {"max_tokens": 512, "max_bad_fraction": 1.0, "cache_dir": str(paths[0].parent / "cache"), **data}
-    config = Config.model_validate(
-        {
-            "model": {"path": "m"},
-            "output_dir": "out",
-            "data": {"train": [str(path) for path in paths], **keys},
-        }
-    )
-    return prepare(config, TOKENIZER, REFUSES_SYSTEM)
-
 
 @pytest.mark.parametrize(("what", "bad", "rule", "verdict"), TABLE, ids=NAMES)
 def test_a_bad_row_gets_its_verdict(tmp_path, what, bad, rule, verdict):
@@ -176,7 +135,8 @@ def test_what_can_be_fixed_is_fixed_and_counted(tmp_path, what, bad, rule, verdi
 
 
 def test_every_rule_is_in_a_table_or_test():
-    here = Path(__file__).read_text("utf-8")
+    files = [Path(__file__), Path(__file__).with_name("test_bad_files.py")]
+    here = "".join(file.read_text("utf-8") for file in files)
     assert not [name for name in RULES if name not in here]
 
 
@@ -222,21 +182,6 @@ def test_truncated_answers_are_counted(tmp_path):
     assert source["tokens_cut"] > 300 and source["supervised_tokens_cut"] > 300
 
 
-@pytest.mark.parametrize("content", [b"", b"\n\n"])
-@pytest.mark.parametrize("suffix", ["jsonl", "csv", "json"])
-def test_empty_files(tmp_path, content, suffix):
-    (tmp_path / f"a.{suffix}").write_bytes(content)
-    with pytest.raises(DataError, match="there are no rows in it"):
-        run_file(tmp_path / f"a.{suffix}")
-
-
-def test_a_file_of_garbage(tmp_path):
-    (tmp_path / "a.jsonl").write_bytes(b"\x80\x81\n\xff\xfe\n")
-    with pytest.raises(DataError, match="none of the first 2 rows can be read") as caught:
-        run_file(tmp_path / "a.jsonl")
-    assert "a.jsonl:2" in str(caught.value)
-
-
 def test_nothing_left_to_train_on(tmp_path):
     with pytest.raises(DataError, match="no row of it can be trained on"):
         run(tmp_path, said(""), said(None), num_good=0, bad_rows="drop")
@@ -245,111 +190,6 @@ def test_nothing_left_to_train_on(tmp_path):
 def test_columns_of_no_format(tmp_path):
     with pytest.raises(DataError, match=r"columns \(foo, bar\) are of no known format"):
         run(tmp_path, {"foo": 1, "bar": 2}, num_good=0)
-
-
-def test_a_byte_order_mark_is_left_out(tmp_path):
-    for suffix, content in (("jsonl", line(GOOD)), ("csv", b"prompt,completion\nHi,Hello\n")):
-        path = tmp_path / f"bom.{suffix}"
-        path.write_bytes(b"\xef\xbb\xbf" + content)
-        prepared = run_file(path)
-        assert list(prepared.report["sources"][0]["fixed"]) == ["byte_order_mark"]
-        assert len(prepared.train) == 1
-        with pytest.raises(DataError, match="byte_order_mark"):
-            run_file(path, bad_row_rules={"byte_order_mark": "error"})
-
-
-def test_the_last_line_cut_off(tmp_path):
-    with pytest.raises(DataError, match=r"rows\.jsonl:5") as caught:
-        path = tmp_path / "rows.jsonl"
-        path.write_bytes(b"\n".join([line(GOOD)] * 4 + [line(GOOD)[:-9]]))
-        run_file(path)
-    assert "invalid_json" in str(caught.value) and "the last one may be cut off" in str(caught.value)
-
-
-@pytest.mark.parametrize("suffix", ["json", "jsonl.gz", "jsonl.xz", "jsonl.bz2", "jsonl.zst", "json.gz"])
-def test_a_file_that_breaks_off_is_not_taken_for_whole(tmp_path, suffix):
-    import bz2
-    import gzip
-    import lzma
-    import random
-
-    import pyarrow as pa
-
-    letters = random.Random(0)
-    rows = [said("".join(letters.choices("abcdefgh", k=400))) for _ in range(1000)]
-    plain = json.dumps(rows).encode() if "json" in suffix.split(".") else b"\n".join(map(line, rows))
-    pack = {
-        "gz": gzip.compress,
-        "xz": lzma.compress,
-        "bz2": bz2.compress,
-        "zst": lambda raw: pa.compress(raw, "zstd", asbytes=True),
-    }.get(suffix.rpartition(".")[2], bytes)
-    path = tmp_path / f"rows.{suffix}"
-    packed = pack(plain)
-    path.write_bytes(packed[: len(packed) // 2])
-    with pytest.raises(DataError, match="unreadable_rest"):  # bad_rows: drop does not drop half a file
-        run_file(path, bad_rows="drop")
-    if suffix in ("jsonl.bz2", "json.gz"):
-        return  # nothing in front of the break can be unpacked: no rows to go on with
-    chosen = run_file(path, bad_row_rules={"unreadable_rest": "drop", "invalid_json": "drop"})
-    assert 0 < len(chosen.train) < 1000
-
-
-def test_a_json_array_with_a_flaw_in_the_middle(tmp_path):
-    text = json.dumps([GOOD] * 5, indent=1).replace('"role": "user"', '"role" "user"', 3)
-    (tmp_path / "a.json").write_text("[" + json.dumps(GOOD) + "," + text[1:])
-    with pytest.raises(DataError, match="unreadable_rest"):
-        run_file(tmp_path / "a.json")
-
-
-def test_csv_with_ragged_lines_and_nan(tmp_path):
-    path = tmp_path / "a.csv"
-    path.write_text(
-        'instruction,input,output\nSay,nan,one\nSay,two,"three",four\nSay,,five\nSay\nSay,x,nan\n'
-    )
-    with pytest.raises(DataError) as caught:
-        run_file(path)
-    message = str(caught.value)
-    assert "a.csv:3: 4 cells under 3 columns" in message and "invalid_csv: 2 rows" in message
-    assert "a.csv:6: output is empty [content_missing]" in message
-    source = run_file(path, bad_rows="drop").report["sources"][0]
-    assert source["rows_kept"] == 2 and source["fixed"]["content_nan"]["rows"] == 1
-    with pytest.raises(DataError, match=r"a.csv:2: input is NaN \[content_nan\]"):
-        run_file(path, bad_row_rules={"content_nan": "error"})
-
-
-def test_a_csv_quote_that_never_ends(tmp_path):
-    (tmp_path / "a.csv").write_text('prompt,completion\nHi,Hello\nHi,"Hello\nHi,Hello\n')
-    with pytest.raises(DataError, match="unreadable_rest"):
-        run_file(tmp_path / "a.csv", bad_rows="drop")
-
-
-def test_nan_in_parquet(tmp_path):
-    pandas = pytest.importorskip("pandas")
-    frame = pandas.DataFrame(
-        {"instruction": ["Say"] * 3, "input": ["one", None, math.nan], "output": ["a", "b", None]}
-    )
-    frame.to_parquet(tmp_path / "a.parquet")
-    with pytest.raises(DataError, match=r"a.parquet#2: output is empty \[content_missing\]"):
-        run_file(tmp_path / "a.parquet")
-
-
-def test_sources_with_other_schemas_in_both_orders(tmp_path):
-    alpaca, chat, text = tmp_path / "a.csv", tmp_path / "b.jsonl", tmp_path / "c.parquet"
-    alpaca.write_text("instruction,output\nSay,one\n")
-    chat.write_bytes(
-        line({"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Yo"}]})
-    )
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    pq.write_table(pa.Table.from_pylist([{"text": "Once"}, {"text": ""}, {"text": "again"}]), text)
-    kinds = {"a": "alpaca", "b": "sharegpt", "c": "text"}
-    for order in ((alpaca, chat, text), (text, chat, alpaca)):
-        prepared = run_file(*order, bad_rows="drop")
-        found = {s["name"]: s["format"]["name"] for s in prepared.report["sources"]}
-        assert found == kinds and len(prepared.train) == 4
-        assert prepared.report["totals"]["rows_dropped"] == 1  # "empty_text"
 
 
 def test_ready_made_tokens(tmp_path):
