@@ -3,10 +3,11 @@
     python bench/step.py --quick                             # one table in a few minutes
     python bench/step.py --data alpaca.json --tokenizer FOLDER --write
     python bench/step.py --case qwen/alpaca --add bench/results/DATE-step.json
+    python bench/step.py --case qwen/alpaca --curve --add bench/results/DATE-step.json
 
 Parity first: loss and every gradient of step 1 against each document alone in fp32, no document sees another,
 every supervised token once. Then one process per racer, all in turn, round by round (A B C A B C); in
-each turn one step that is not timed and then timed ones. A ratio is taken within a round; the median, the
+each turn two steps that are not timed and then timed ones. A ratio is taken within a round; the median, the
 least and the most are reported. See bench/README.md for who races and how.
 """
 
@@ -28,10 +29,10 @@ sys.path.insert(0, str(BENCH))
 from data_path.machine import machine  # noqa: E402
 from data_path.preparing import masks  # noqa: E402
 from data_path.rows import read_rows, tokenizer_for  # noqa: E402
-from step.cases import CASES, QUICK, Case  # noqa: E402
+from step.cases import CASES, NUM_WINDOWS, QUICK, Case  # noqa: E402
 from step.front_door import stage, time_split, train, zero_cost  # noqa: E402
-from step.race import ALWAYS, PEERS, Settings, run_case  # noqa: E402
-from step.table import printed, verdicts, write_page  # noqa: E402
+from step.race import ALWAYS, PEERS, Settings, run_case, run_curve  # noqa: E402
+from step.table import curve_sentence, printed, verdicts, write_page  # noqa: E402
 
 QUICK_PEERS = ("trl", "trl-single")
 NEAR_PEERS = ("trl-single",)
@@ -67,6 +68,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--racers", help="comma-separated: only these besides Burnish")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=1, help="timed steps in a turn")
+    parser.add_argument("--warmup", type=int, default=2, help="steps before them that are not timed")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--data", help="an Alpaca file, JSON or JSON lines; default: rows made on the spot")
     parser.add_argument("--tokenizer", help="folder of a fast tokenizer; default: one made from the rows")
@@ -74,10 +76,14 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--front-door", type=int, metavar="N", help="instead: N examples through burnish train"
     )
+    parser.add_argument("--curve", action="store_true", help="instead: the loss curve against plain fp32's")
     parser.add_argument("--zero", action="store_true", help="instead: what ZeRO-2 on two ranks costs a step")
     parser.add_argument("--add", type=Path, help="add the cases to this JSON file (made if it is not there)")
     parser.add_argument("--write", action="store_true", help="write bench/results and the docs")
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.rounds * (args.warmup + args.steps) > NUM_WINDOWS:
+        parser.error(f"--rounds x (--warmup + --steps) is more than the {NUM_WINDOWS} steps of a case")
+    return args
 
 
 def racers_of(case: Case, args: argparse.Namespace) -> list[str]:
@@ -110,6 +116,22 @@ def through_the_door(args: argparse.Namespace) -> dict[str, Any]:
     return found
 
 
+def measured(
+    case: Case, rows: list[Any], args: argparse.Namespace, python: str, results: dict[str, Any]
+) -> str:
+    """Race a case, or take its loss curve, into the results; what to print."""
+    if args.curve:
+        curve = run_curve(case, rows, args.device)
+        results.setdefault("curves", {})[case.name] = {"machine": machine(), **curve}
+        return f"{case.name}: {curve_sentence(curve)}"
+    settings = Settings(args.rounds, args.steps, args.warmup, racers_of(case, args), python, args.device)
+    found = run_case(case, rows, settings)
+    curve = results.get("curves", {}).get(case.name)
+    found["targets_met"] = verdicts(found, curve)
+    results["cases"][case.name] = found
+    return printed(found, curve)
+
+
 def main() -> None:
     """Parse, race, print, write."""
     args = parse()
@@ -119,19 +141,15 @@ def main() -> None:
     results: dict[str, Any] = {"cases": {}}
     if path is not None and path.exists():
         results = json.loads(path.read_text("utf-8"))
-    results |= {"machine": machine(), "data": "an Alpaca file" if args.data else "made up"}
+    here = {"machine": machine(), "data": "an Alpaca file" if args.data else "made up"}
+    if not (args.curve and results["cases"]):  # tables keep what they were measured on
+        results |= here
     if args.front_door or args.zero:
         results |= through_the_door(args)
         chosen = []
     rows = examples_of(args.data, args.tokenizer, 1000) if chosen else []
-    for case in CASES:
-        if case.name not in chosen:
-            continue
-        settings = Settings(args.rounds, args.steps, racers_of(case, args), python, args.device)
-        found = run_case(case, rows, settings)
-        found["targets_met"] = verdicts(found)
-        results["cases"][case.name] = found
-        print(printed(found), flush=True)
+    for case in (case for case in CASES if case.name in chosen):
+        print(measured(case, rows, args, python, results), flush=True)
         if path is not None:
             write_json(path, results)
     if path is not None:

@@ -17,8 +17,8 @@ from burnish.data.windows import WindowPlan, plan_windows
 from burnish.plan.shapes import ModelShape
 from burnish.records import Example
 
-NUM_WINDOWS = 48
-"""Optimizer steps that there is data for; more than any race takes."""
+NUM_WINDOWS = 50
+"""Optimizer steps that there is data for: those of the loss curve, and more than a race takes."""
 DOCUMENTS_FILE = "documents.npz"
 CASE_FILE = "case.json"
 MODEL_FOLDER = "model"

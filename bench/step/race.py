@@ -29,10 +29,18 @@ class Settings:
 
     num_rounds: int
     steps: int
-    """Timed steps of a turn; one more comes before them."""
+    """Timed steps of a turn."""
+    warmup: int
+    """Steps before them in each turn that are not timed: the memory given back after the last turn takes
+    about two to come back."""
     racers: Sequence[str]
     peer_python: str
     device: str
+
+    @property
+    def num_steps(self) -> int:
+        """Of each racer, timed or not."""
+        return self.num_rounds * (self.warmup + self.steps)
 
 
 class Racer:
@@ -73,11 +81,11 @@ class Racer:
             raise RuntimeError(f"{self.name} ended:\n{self._log.read()[-4000:]}")
         return json.loads(line)
 
-    def turn(self, steps: int) -> dict[str, Any]:
-        """Have it run a step that is not timed and `steps` that are."""
-        self._say(str(steps + 1))
+    def turn(self, steps: int, warmup: int) -> dict[str, Any]:
+        """Have it run `warmup` steps that are not timed and `steps` that are."""
+        self._say(str(warmup + steps))
         said = self.answer()
-        return {**said, "seconds": said["seconds"][1:]}
+        return {**said, "seconds": said["seconds"][warmup:]}
 
     def stop(self) -> None:
         """End it."""
@@ -96,7 +104,7 @@ def run_case(case: Case, rows: Sequence[Any], settings: Settings) -> dict[str, A
     with tempfile.TemporaryDirectory(prefix="burnish-step-") as scratch:
         folder = Path(scratch)
         write_case(case, rows, folder)
-        gates = _gates(folder)
+        gates = _judged(folder, "step.gates")
         racers: dict[str, Racer] = {}
         try:
             racers = _start(folder, settings)
@@ -109,13 +117,22 @@ def run_case(case: Case, rows: Sequence[Any], settings: Settings) -> dict[str, A
     return {"case": case.name, "gates": gates, **facts, **_summary(turns, ready, facts)}
 
 
-def _gates(folder: Path) -> dict[str, Any]:
+def run_curve(case: Case, rows: Sequence[Any], device: str) -> dict[str, Any]:
+    """The loss curve of every window of a case, ours beside plain fp32's."""
+    with tempfile.TemporaryDirectory(prefix="burnish-curve-") as scratch:
+        folder = Path(scratch)
+        write_case(case, rows, folder)
+        return _judged(folder, "step.curve", device)
+
+
+def _judged(folder: Path, module: str, *args: str) -> dict[str, Any]:
+    """What a judge, a process of its own, says of the case in the folder."""
     env = dict(os.environ)
     env["PYTHONPATH"] = os.pathsep.join([str(BENCH), str(BENCH.parent / "src")])
-    command = [sys.executable, "-m", "step.gates", str(folder)]
+    command = [sys.executable, "-m", module, str(folder), *args]
     done = subprocess.run(command, capture_output=True, text=True, env=env, cwd=BENCH, check=False)
     if done.returncode:
-        raise RuntimeError(f"the gates could not be run:\n{done.stderr[-4000:]}")
+        raise RuntimeError(f"{module} could not be run:\n{done.stderr[-4000:]}")
     return json.loads(done.stdout)
 
 
@@ -135,8 +152,9 @@ def _take_turns(racers: dict[str, Racer], settings: Settings) -> dict[str, list[
     racing = list(racers)
     for number in range(settings.num_rounds):
         for name in racing:
-            # With the one that is not timed, whole rounds of the matrices' shapes.
-            turns[name].append(racers[name].turn(5 if name == "matrix" else settings.steps))
+            # With those that are not timed, whole rounds of the matrices' two shapes.
+            steps = 4 + settings.warmup % 2 if name == "matrix" else settings.steps
+            turns[name].append(racers[name].turn(steps, settings.warmup))
         if number == 0:
             tuned = [name for name in racing if TRL_GRID.get(name)]
             best = min(tuned, key=lambda name: statistics.median(turns[name][0]["seconds"]), default=None)
@@ -154,7 +172,7 @@ def _facts(folder: Path, case: Case, settings: Settings) -> dict[str, Any]:
     lengths = store.num_tokens.astype(float)
     tokens, targets = lengths.sum() / num_steps, store.num_supervised.sum() / num_steps
     steps = []
-    for step in range(1, settings.num_rounds * (settings.steps + 1) + 1):
+    for step in range(1, settings.num_steps + 1):
         ids = race.windows.example_ids(step)
         own = lengths[ids].sum(), float(store.num_supervised[ids].sum()), (lengths[ids] ** 2).sum()
         steps.append((own[0], own[1], step_flops(race.shape, case.lora, *own, race.config)))
@@ -167,6 +185,7 @@ def _facts(folder: Path, case: Case, settings: Settings) -> dict[str, Any]:
         "parameters": race.shape.num_params,
         "rounds": settings.num_rounds,
         "timed_steps_per_turn": settings.steps,
+        "untimed_steps_per_turn": settings.warmup,
     }
 
 
@@ -194,8 +213,9 @@ def _summary(
     rates = []
     for turn in turns.get("matrix", []):
         flops = ready["matrix"]["flops"]
-        # Steps alternate between the shapes; the first one, of shape 0, was not timed.
-        rates.append(max(10 * flops[(i + 1) % len(flops)] / s for i, s in enumerate(turn["seconds"])))
+        # Steps alternate between the shapes, and the first ones were not timed.
+        first = facts["untimed_steps_per_turn"]
+        rates.append(max(10 * flops[(first + i) % len(flops)] / s for i, s in enumerate(turn["seconds"])))
     medians = {n: [statistics.median(t["seconds"]) for t in own] for n, own in turns.items() if n != "matrix"}
     own = medians["burnish"]
     racers = {}
@@ -221,7 +241,8 @@ def _summary(
 def _work_per_second(turn: Mapping[str, Any], facts: Mapping[str, Any], number: int) -> list[float]:
     """Tokens, supervised tokens and useful FLOPs a second in one turn, of the very steps that it timed."""
     size = facts["timed_steps_per_turn"]
-    first = number * (size + 1) + 1  # the steps of each turn are numbered on, and its first was not timed
+    untimed = facts["untimed_steps_per_turn"]
+    first = number * (untimed + size) + untimed  # the steps of each turn are numbered on
     timed = facts["steps"][first : first + size]
     return [sum(step[kind] for step in timed) / sum(turn["seconds"]) for kind in range(3)]
 

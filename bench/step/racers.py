@@ -154,7 +154,8 @@ def _nll_sum(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     return functional.cross_entropy(flat, shifted.reshape(-1), ignore_index=NO_TARGET, reduction="sum")
 
 
-def _hf_packed(model: Any, documents: Sequence[Example], device: torch.device) -> torch.Tensor:
+def hf_packed_nll(model: Any, documents: Sequence[Example], device: torch.device) -> torch.Tensor:
+    """A `Forward`: the documents in one row under a 4D mask, all logits."""
     ids, positions, mask, labels = packed_row(documents, device)
     logits = model(input_ids=ids, position_ids=positions, attention_mask=mask, use_cache=False).logits
     return _nll_sum(logits, labels)
@@ -184,12 +185,12 @@ def _openrlhf(model: Any, documents: Sequence[Example], device: torch.device) ->
 
 def hf_packed(race: Race, turns: Turns) -> None:
     """One row, 4D mask, all logits."""
-    _plain_loop(race, turns, _hf_packed, race.case.examples_per_step)
+    _plain_loop(race, turns, hf_packed_nll, race.case.examples_per_step)
 
 
 def hf_packed_as_is(race: Race, turns: Turns) -> None:
     """The same without our allocator setting, as people run it."""
-    _plain_loop(race, turns, _hf_packed, race.case.examples_per_step, as_is=True)
+    _plain_loop(race, turns, hf_packed_nll, race.case.examples_per_step, as_is=True)
 
 
 def hf_padded(race: Race, turns: Turns) -> None:

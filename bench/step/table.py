@@ -64,9 +64,11 @@ def _count(number: float | None) -> str:
     return "" if number is None else f"{number:,.0f}"
 
 
-def verdicts(found: Mapping[str, Any]) -> dict[str, bool]:
+def verdicts(found: Mapping[str, Any], curve: Mapping[str, Any] | None) -> dict[str, bool]:
     """Each target of a case, and whether it was met."""
     racers, met = found["racers"], {"parity": bool(found["gates"]["passed"])}
+    if curve is not None:
+        met["loss curve"] = bool(curve["passed"])
     ratios = {name: numbers["ratio"]["median"] for name, numbers in racers.items()}
     best = [r for name, r in ratios.items() if name.startswith("trl-")]
     if best:
@@ -80,7 +82,23 @@ def verdicts(found: Mapping[str, Any]) -> dict[str, bool]:
     return met
 
 
-def heading(found: Mapping[str, Any]) -> str:
+def curve_sentence(curve: Mapping[str, Any]) -> str:
+    """How far the loss curves are apart, in words."""
+    verdict = "within" if curve["passed"] else "NOT within"
+    losses, plain, direct = curve["losses"]["own"], curve["plain_bf16"], curve["own_to_plain_bf16"]
+    return (
+        f"Loss over {curve['steps']} steps in bf16, from {losses[0]:.2f} to {losses[-1]:.2f}: {verdict} "
+        f"{curve['limit']:.1%} of plain fp32 ({_apart(curve)}). Plain transformers in bf16 against plain "
+        f"fp32: {_apart(plain)}; from that curve ours differs by {direct['largest_gap']:.3%} at most."
+    )
+
+
+def _apart(gaps: Mapping[str, Any]) -> str:
+    largest, step = gaps["largest_gap"], gaps["largest_gap_at_step"]
+    return f"{largest:.2%} at step {step}, {gaps['last_gap']:.2%} in the mean of the last ones"
+
+
+def heading(found: Mapping[str, Any], curve: Mapping[str, Any] | None) -> str:
     """What the case was, and whether the gates held."""
     rate, gates = found["matrix_flops_per_second"], found["gates"]
     parity = "; ".join(
@@ -93,7 +111,8 @@ def heading(found: Mapping[str, Any]) -> str:
         f"{found['supervised_share']:.2f} of them supervised, {found['mean_document_tokens']:.0f} a "
         f"document; {found['parameters'] / 1e6:.0f} million parameters; bf16 matrix products run at "
         f"{rate['median'] / 1e9:,.0f} GFLOP/s; {found['rounds']} rounds. "
-        f"Against each document alone in fp32: {parity}.\n"
+        f"Against each document alone in fp32: {parity}."
+        + ("\n" if curve is None else f" {curve_sentence(curve)}\n")
     )
 
 
@@ -105,7 +124,10 @@ def block(results: Mapping[str, Any]) -> str:
         f"{machine['date']}, {machine['cores']} cores ({machine['architecture']}), {packages}; "
         f"rows: {results['data']}.\n"
     )
-    parts = [f"{heading(found)}\n{table(found)}" for found in results["cases"].values()]
+    curves = results.get("curves", {})
+    parts = [
+        f"{heading(found, curves.get(case))}\n{table(found)}" for case, found in results["cases"].items()
+    ]
     return "\n".join([first, *parts])
 
 
@@ -116,7 +138,8 @@ def write_page(results: Mapping[str, Any]) -> None:
     PAGE.write_text(filled, "utf-8")
 
 
-def printed(found: Mapping[str, Any]) -> str:
+def printed(found: Mapping[str, Any], curve: Mapping[str, Any] | None) -> str:
     """One case on a terminal."""
-    lines: Sequence[str] = [f"{'met ' if met else 'MISS'} {what}" for what, met in verdicts(found).items()]
-    return f"{heading(found)}\n{table(found)}\n" + "\n".join(lines) + "\n"
+    targets = verdicts(found, curve)
+    lines: Sequence[str] = [f"{'met ' if met else 'MISS'} {what}" for what, met in targets.items()]
+    return f"{heading(found, curve)}\n{table(found)}\n" + "\n".join(lines) + "\n"
