@@ -79,6 +79,19 @@ def test_missing_leftover_and_misshapen_weights_are_named(folder):
     assert "no part of the model" in text and "model.extra.weight" in text
 
 
+def test_code_that_reads_weights_while_it_loads_in_parts_is_refused(folder, monkeypatch):
+    def from_pretrained(*_, **__):
+        raise IndexError("tuple index out of range")
+
+    monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", from_pretrained)
+    with pytest.raises(IndexError):
+        load(folder)
+    monkeypatch.setattr("burnish.model.load.is_deepspeed_zero3_enabled", lambda: True)
+    with pytest.raises(ConfigError, match=r"qwen2 in parts.*\n?.*zero_stage: 2") as caught:
+        load(folder)
+    assert "engine.zero_stage" in str(caught.value)
+
+
 def test_pickle_only_and_empty_folders_are_refused(folder):
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
     with pytest.raises(ConfigError, match="pickle"):

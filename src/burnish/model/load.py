@@ -189,6 +189,15 @@ def _pretrained(
             raise
         lines = [line.strip() for line in str(error).splitlines() if "size mismatch" in line]
         raise MachineError(*_name_them(model.path, "weights could not be read", lines)) from error
+    except (ValueError, IndexError) as error:
+        # Marian's, RoFormer's, RWKV's and others' code fills tables or scales weights by their shapes.
+        if not is_deepspeed_zero3_enabled():
+            raise
+        what = (
+            f"transformers cannot load {config.model_type} in parts: its code looks into weights that ZeRO 3 "
+            f"has shared out ({type(error).__name__}: {_first_lines(error)})"
+        )
+        raise ConfigError(Problem("engine.zero_stage", what, "Set engine.zero_stage: 2.")) from error
     built, report = loaded
     _check_report(model.path, report)
     return built
