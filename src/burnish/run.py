@@ -35,13 +35,13 @@ from burnish.records import TrainState
 from burnish.report.run_files import write_run_files
 from burnish.runtime import (
     device_memory_bytes,
-    keep_freed_memory,
     log,
     pick_device,
     quieten_libraries,
     ranks_from_environment,
     smallest_over_ranks,
     start_process_group,
+    suit_allocator,
 )
 from burnish.train.loop import Feed, TrainJob
 from burnish.train.loop import train as run_loop
@@ -65,7 +65,6 @@ def train(config: Config) -> RunResult:
     ranks = ranks_from_environment()
     device = pick_device(ranks)
     quieten_libraries()
-    keep_freed_memory(device)
     run_dir = Path(config.output_dir)
 
     # Data first: it needs no other rank, so nobody waits inside a collective while it is prepared.
@@ -93,6 +92,7 @@ def train(config: Config) -> RunResult:
         write_run_files(run_dir, config, plan, data.report)
         log.info("%s\n%s", plan.describe(), capability.reason)
 
+    suit_allocator(device, plan.memory.device.total + plan.memory.host_bytes, memory)
     supervised = SupervisedModel(model, capability, Objective.of(config.train))
     engine = build_engine(config, ranks, device, supervised)
     exporter = Exporter(config, engine, model, tokenizer, template, ranks)

@@ -301,30 +301,60 @@ def free_memory_bytes(root: Path = Path("/")) -> int | None:
     return free
 
 
-def keep_freed_memory(device: torch.device) -> bool:
-    """Have the C library keep memory that was freed, for the next step, instead of returning it.
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
+"""From glibc's malloc.h; mallopt takes C ints and gives 1 for yes."""
+_KEPT_FACTOR = 2
+"""Freed memory that is kept lies in pieces: a process has been seen to hold nearly twice what it uses."""
 
-    A step on the CPU frees and takes the same tensors of tens of megabytes again and again. glibc maps each
-    of them anew (`M_MMAP_THRESHOLD`, at most 32 MiB by itself) and gives back what is free at the end of
-    the heap (`M_TRIM_THRESHOLD`), so that the kernel clears every page once a step: 15 to 20 % of the time.
-    Freed memory stays with the process instead; its peak is what it was.
 
-    Called by a process that trains, before it allocates. Not undone.
+def suit_allocator(device: torch.device, needed_bytes: int, free_bytes: int | None) -> bool:
+    """Choose, on a CPU, between speed and the least memory.
+
+    A step frees and takes the same tensors of tens of megabytes again and again. Where there is room for it,
+    the C library keeps what was freed (`keep_freed_memory`); else it is told to give every larger tensor
+    pages of its own and to return them at once, so that the process holds what the plan says.
+
+    Called by a process that trains, before its first step. Not undone.
 
     Args:
         device: What it trains on; nothing is done unless that is a CPU.
+        needed_bytes: What this process needs by plan.
+        free_bytes: What it may take; None where that is not known.
+
+    Returns:
+        Whether freed memory is kept.
+    """
+    if free_bytes is None or free_bytes >= _KEPT_FACTOR * needed_bytes:
+        return keep_freed_memory(device)
+    if _glibc_allocates(device):
+        # A threshold that was set stays; otherwise it grows with what is freed, up to 32 MiB.
+        ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 2**18)
+    return False
+
+
+def keep_freed_memory(device: torch.device) -> bool:
+    """Have the C library keep memory that was freed, for the next step, instead of returning it.
+
+    glibc maps tensors of tens of megabytes anew each time (`M_MMAP_THRESHOLD`, at most 32 MiB by itself) and
+    gives back what is free at the end of the heap (`M_TRIM_THRESHOLD`), so that the kernel clears every page
+    once a step: 15 to 20 % of the time.
+
+    Args:
+        device: What is trained on; nothing is done unless that is a CPU.
 
     Returns:
         Whether it was done: only glibc knows these settings (not musl, macOS or Windows), and memory given
         out by another allocator (jemalloc, tcmalloc, preloaded) is not touched by them.
     """
-    if device.type != "cpu" or platform.libc_ver()[0] != "glibc":
+    if not _glibc_allocates(device):
         return False
     libc = ctypes.CDLL(None)
-    # From malloc.h; mallopt takes C ints and gives 1 for yes.
-    m_trim_threshold, m_mmap_threshold = -1, -3
     kept_bytes, mapped_bytes = 2**31 - 1, 2**30
-    return bool(libc.mallopt(m_mmap_threshold, mapped_bytes) and libc.mallopt(m_trim_threshold, kept_bytes))
+    return bool(libc.mallopt(_M_MMAP_THRESHOLD, mapped_bytes) and libc.mallopt(_M_TRIM_THRESHOLD, kept_bytes))
+
+
+def _glibc_allocates(device: torch.device) -> bool:
+    return device.type == "cpu" and platform.libc_ver()[0] == "glibc"
 
 
 def available_cores() -> int:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import platform
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -80,6 +82,34 @@ def test_phases_add_up_and_start_anew() -> None:
 def test_glibc_takes_the_settings() -> None:
     assert keep_freed_memory(torch.device("cpu"))
     assert not keep_freed_memory(torch.device("cuda"))
+
+
+_HOLDS_AFTER_FREEING = """
+import sys, torch
+from pathlib import Path
+from burnish.runtime import suit_allocator
+
+def resident_mib():
+    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096 // 2**20
+
+before = resident_mib()
+kept = suit_allocator(torch.device("cpu"), 2**30, int(sys.argv[1]))
+for _ in range(3):  # by itself glibc would map fewer and fewer of these
+    tensors = [torch.ones(2**20) for _ in range(50)]
+    last = torch.ones(2**16)
+    del tensors
+print(kept, resident_mib() - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the settings are glibc's")
+@pytest.mark.parametrize(
+    ("free_gib", "kept", "most_mib", "least_mib"), [(3, True, 400, 150), (1, False, 20, 0)]
+)
+def test_freed_memory_is_kept_only_where_there_is_room(free_gib, kept, least_mib, most_mib) -> None:
+    command = [sys.executable, "-c", _HOLDS_AFTER_FREEING, str(free_gib * 2**30)]
+    said = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+    assert said[0] == str(kept) and least_mib <= int(said[1]) <= most_mib
 
 
 def test_a_confident_and_a_hopeless_target_keep_their_digits() -> None:
