@@ -11,9 +11,10 @@ weights, and bf16 rounding or weights partitioned by ZeRO-3 would only blur or p
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -25,12 +26,15 @@ from burnish.config.schema import Config
 from burnish.errors import ConfigError, Problem
 from burnish.model.anatomy import body_of, causal_model, head_of
 from burnish.model.document_attention import ATTENTION_NAME, document_mask, register_attention
+from burnish.model.last_layer import verify_last_layer
 from burnish.model.positions import require_positions, rope_mixes
 from burnish.model.prefix_attention import prefix_mask, prefix_numbers
 from burnish.model.surrogate import REFUSALS, build_surrogate
 from burnish.model.vision import has_vision
 from burnish.model.windows_asked import windows_disagree
 from burnish.plan import unsuited
+
+log = logging.getLogger("burnish")
 
 PROBE_LENGTHS = (7, 6)
 """Tokens of the two documents of a trial."""
@@ -53,6 +57,8 @@ class Capability:
     """The head is one matrix, and `head_shape` says right what becomes of its output."""
     unshared: str | None = "documents are not packed"
     """Why documents may not share the computation of what they begin with; None where they may."""
+    whole_last_layer: str | None = "the last layer was not tried"
+    """Why the last layer is computed whole; None where supervised rows are enough (`last_layer.py`)."""
 
 
 def asked(config: Config) -> tuple[str, int, str, bool]:
@@ -91,6 +97,9 @@ def can_isolate(
     else:
         with _quiet(subject):
             capability = _try_out(subject, choice, max_tokens, packing, alone)
+            if capability.fused_head:
+                capability = replace(capability, whole_last_layer=verify_last_layer(subject))
+    log.debug("the last layer at supervised rows only: %s", capability.whole_last_layer or "yes")
     if has_vision(causal) and not capability.fused_head:
         what = f"{type(causal).__name__}'s language model alone gives other logits than the whole model"
         raise ConfigError(

@@ -17,12 +17,14 @@ import torch
 from jaxtyping import Float32, Int64
 from torch import nn
 from torch.nn import functional
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from burnish.model.anatomy import Head, body_of, causal_model, head_layer, head_of
 from burnish.model.attention import Capability
 from burnish.model.document_attention import document_mask
 from burnish.model.extras import Balance, balancing_loss, noisy_embeddings
 from burnish.model.head import supervised_loss, token_nll
+from burnish.model.last_layer import MOST_SUPERVISED, last_layer, supervised_rows
 from burnish.model.objective import PLAIN, Objective
 from burnish.model.prefix_attention import is_prefix_mask, prefix_mask, prefix_numbers
 from burnish.records import NO_TARGET, MicroBatch, SharedRow
@@ -225,9 +227,21 @@ class SupervisedModel(nn.Module):
             return self._plain_logits(batch, arguments)
         body = body_of(causal_model(self.model))
         assert body is not None  # the capability says that there is one
-        outputs = body(**arguments)
-        hidden = outputs[0].flatten(0, 1).index_select(0, batch.supervised)
-        return hidden, outputs.router_logits if "output_router_logits" in arguments else ()
+        wants_routers = "output_router_logits" in arguments  # of every token
+        layer = None if wants_routers else self._trimmed_layer(body, batch)
+        with contextlib.nullcontext() if layer is None else supervised_rows(layer, batch.supervised):
+            outputs = body(**arguments)
+        hidden = outputs[0].flatten(0, 1)
+        if layer is None:
+            hidden = hidden.index_select(0, batch.supervised)
+        return hidden, outputs.router_logits if wants_routers else ()
+
+    def _trimmed_layer(self, body: nn.Module, batch: DeviceBatch) -> GradientCheckpointingLayer | None:
+        """The last layer, if it is to be computed at supervised rows only. Not where there are none: every
+        module is given rows."""
+        share = len(batch.supervised) / batch.token_ids.numel()
+        pays = 0 < share < MOST_SUPERVISED
+        return last_layer(body) if pays and self.capability.whole_last_layer is None else None
 
     def _token_nll(self, batch: DeviceBatch) -> Float32[torch.Tensor, " targets"]:
         head = self._fused_head()
