@@ -13,7 +13,7 @@ _BLOCK = re.compile(r"(<!-- made by bench/step\.py -->\n).*?(<!-- end of bench/s
 NAMES = {
     "burnish": "Burnish",
     "hf-packed": "Hugging Face, packed, 4D mask, all logits",
-    "hf-packed-as-is": "the same without the allocator setting",
+    "hf-packed-as-is": "Hugging Face, packed, without the allocator setting",
     "hf-padded": "Hugging Face, padded, all logits",
     "openrlhf": "OpenRLHF's forward and loss (emulated), padded",
     "trl": "TRL, defaults",
