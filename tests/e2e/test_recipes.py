@@ -114,13 +114,17 @@ def test_plain_text(tmp_path):
     rows: dict[str, list[dict[str, Any]]] = {}
     for piece in pieces:
         assert len(piece["tokens"]) <= 64
-        # Nothing predicts a piece's first token; every other one is learned.
+        # A piece's first token is context, or the first of all; every other one is learned.
         assert [token["trained"] for token in piece["tokens"]] == [False] + [True] * (
             len(piece["tokens"]) - 1
         )
         rows.setdefault(piece["row"], []).append(piece)
     for text, parts in zip(texts, rows.values(), strict=True):
-        tokens = [token["text"] for part in parts for token in part["tokens"]]
+        texts_of_tokens = [[token["text"] for token in part["tokens"]] for part in parts]
+        tokens = texts_of_tokens[0]
+        for piece in texts_of_tokens[1:]:
+            assert piece[0] == tokens[-1], "a piece begins with the last token of the one before"
+            tokens = tokens + piece[1:]
         assert "".join(tokens) == text + END, "each text whole, and one EOS at its end"
     trains(config)
 
