@@ -216,9 +216,9 @@ class EngineConfig(_Section):
     zero_stage: Literal[0, 1, 2, 3] = 2
     """DeepSpeed ZeRO: what is sharded (1 optimizer, 2 gradients too, 3 weights too)."""
     offload_optimizer: Literal["none", "cpu", "nvme"] = "none"
-    """Keep optimizer state there."""
+    """Keep optimizer state there (nvme: ZeRO 3)."""
     offload_params: Literal["none", "cpu", "nvme"] = "none"
-    """Keep weights there (ZeRO 3)."""
+    """Keep weights there (ZeRO 3). nvme is refused for now: DeepSpeed stops in the first step."""
     nvme_path: str | None = None
     """Folder on a fast disk of every host, for optimizer state on nvme; null takes output_dir."""
     hpz_size: PositiveInt = 1
