@@ -19,6 +19,7 @@ from torch import nn
 from torch.nn import functional
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from burnish.errors import ConfigError, Problem
 from burnish.model.anatomy import Head, body_of, causal_model, head_layer, head_of
 from burnish.model.attention import Capability
 from burnish.model.document_attention import document_mask
@@ -175,6 +176,7 @@ class SupervisedModel(nn.Module):
         Raises:
             ValueError: The micro-batch is packed and the model must not be given packed ones; or its
                 documents share their beginnings, and something is wanted of each of them.
+            ConfigError: Experts are to be balanced, and the model's layers have none.
         """
         if batch.packed and not self.capability.packed:
             raise ValueError(f"this model needs padded micro-batches: {self.capability.reason}")
@@ -265,6 +267,9 @@ class SupervisedModel(nn.Module):
     def _balancing_loss(
         self, balance: Balance, router_logits: Sequence[torch.Tensor], batch: DeviceBatch
     ) -> Float32[torch.Tensor, ""]:
+        if not router_logits:  # a config may name the loss's factor for layers that it makes without experts
+            what = f"is set, but {type(causal_model(self.model)).__name__} gave no router's logits"
+            raise ConfigError(Problem("train.router_aux_loss", what, "Leave it out."))
         weights = batch.weights.new_zeros(batch.num_documents).index_add(0, batch.documents, batch.weights)
         if batch.packed:
             counted = torch.ones_like(batch.token_ids, dtype=torch.float32)
