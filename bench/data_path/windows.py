@@ -8,8 +8,8 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -25,23 +25,16 @@ NUM_RANKS = 8
 SCRIPT = Path(__file__).parents[1] / "data.py"
 
 
-@dataclass(frozen=True)
-class Counts:
-    """The numbers that windows are planned from."""
-
-    num_tokens: np.ndarray
-    total_weight: np.ndarray
-    num_supervised: np.ndarray
-    source_ids: np.ndarray
-    source_names: tuple[str, ...] = ("a", "b")
-
-
 def bench_planning(num: int) -> dict[str, Any]:
     """Plan `num` examples of two sources in this process; seconds by part, and its peak memory."""
     rng = np.random.default_rng(0)
     lengths = np.clip(rng.lognormal(5.3, 0.9, num), 2, MAX_TOKENS).astype(np.int64)
-    counts = Counts(
-        lengths, lengths * 0.8, (lengths * 0.8).astype(np.int64), (np.arange(num) % 10 == 0).astype(np.int32)
+    counts = SimpleNamespace(  # what windows are planned from: numbers, no tokens
+        num_tokens=lengths,
+        total_weight=lengths * 0.8,
+        num_supervised=(lengths * 0.8).astype(np.int64),
+        source_ids=(np.arange(num) % 10 == 0).astype(np.int32),
+        source_names=("a", "b"),
     )
     before = _peak_bytes()
     sources = [{"path": "a", "weight": 3}, {"path": "b", "weight": 1}]

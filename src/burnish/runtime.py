@@ -337,7 +337,7 @@ def keep_freed_memory(device: torch.device) -> bool:
 
     glibc maps tensors of tens of megabytes anew each time (`M_MMAP_THRESHOLD`, at most 32 MiB by itself) and
     gives back what is free at the end of the heap (`M_TRIM_THRESHOLD`), so that the kernel clears every page
-    once a step: 15 to 20 % of the time.
+    once a step: up to a fifth of the time.
 
     Args:
         device: What is trained on; nothing is done unless that is a CPU.

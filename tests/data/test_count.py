@@ -4,26 +4,17 @@ import resource
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pytest
+from counts_on_the_spot import Counts
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from burnish.config.schema import BatchConfig, DataConfig, TrainConfig
 from burnish.data.count import count_windows
 from burnish.data.windows import plan_windows
-
-
-@dataclass(frozen=True)
-class Counts:
-    num_tokens: np.ndarray
-    total_weight: np.ndarray
-    num_supervised: np.ndarray
-    source_ids: np.ndarray
-    source_names: tuple[str, ...]
 
 
 def counts(num: int, seed: int = 0, longest: int = 2048) -> Counts:

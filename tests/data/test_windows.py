@@ -2,25 +2,16 @@
 
 import itertools
 from collections import Counter
-from dataclasses import dataclass
 
 import numpy as np
 import pytest
+from counts_on_the_spot import Counts
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from burnish.config.schema import BatchConfig, DataConfig, TrainConfig
 from burnish.data.windows import WindowPlan, eval_cuts, order, plan_windows, shares
 from burnish.errors import ConfigError, DataError
-
-
-@dataclass(frozen=True)
-class Counts:
-    num_tokens: np.ndarray
-    total_weight: np.ndarray
-    num_supervised: np.ndarray
-    source_ids: np.ndarray
-    source_names: tuple[str, ...]
 
 
 def counts(num: int, sizes: tuple[int, ...] | None = None, longest: int = 200) -> Counts:
