@@ -50,7 +50,7 @@ def evaluate_model(config: Config) -> EvalStats:
     from burnish.data.tokenizer import load_tokenizer, vocabulary_of
     from burnish.data.vocabulary import require_rows
     from burnish.data.windows import eval_cuts
-    from burnish.engine.build import TORCH_DTYPES
+    from burnish.engine.build import COMPUTE_DTYPES
     from burnish.engine.local import LocalScorer
     from burnish.model.attention import asked, can_isolate
     from burnish.model.forward import SupervisedModel
@@ -66,7 +66,7 @@ def evaluate_model(config: Config) -> EvalStats:
     require_rows(tokenizer, _num_rows(model), [store])
     capability = can_isolate(model, *asked(config))
     model = SupervisedModel(model, capability)
-    scorer = LocalScorer(model, device=device, compute_dtype=TORCH_DTYPES[config.model.dtype])
+    scorer = LocalScorer(model, device=device, compute_dtype=COMPUTE_DTYPES[config.model.dtype])
     cuts = eval_cuts(store, config.batch, 1, capability.packed)
     pad: Any = tokenizer.pad_token_id
     return evaluate(scorer, store, cuts, ranks, step=0, packed=capability.packed, pad_token_id=pad or 0)

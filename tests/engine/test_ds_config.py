@@ -24,7 +24,7 @@ def test_recipe_is_always_there(stage: int, dtype: str) -> None:
     assert settings["zero_optimization"]["stage"] == stage
     assert "optimizer" not in settings
     assert "scheduler" not in settings
-    assert settings["gradient_clipping"] == 1.0
+    assert settings["gradient_clipping"] == (1.0 if stage else 0.0)  # without ZeRO we clip ourselves
 
 
 def test_precision() -> None:
@@ -36,7 +36,10 @@ def test_precision() -> None:
     plain = built({"model.dtype": "bf16", "engine.zero_stage": 0})
     assert plain["torch_autocast"]["enabled"]
     assert "bf16" not in plain
-    assert built({"model.dtype": "fp16"})["fp16"]["loss_scale"] == 0
+    fp16 = built({"model.dtype": "fp16"})
+    assert fp16["fp16"]["loss_scale"] == 0
+    assert fp16["data_types"] == {"grad_accum_dtype": "fp32"}
+    assert built({"model.dtype": "fp16", "engine.zero_stage": 0})["torch_autocast"]["dtype"] == "float16"
 
 
 def test_no_clipping_is_zero() -> None:

@@ -16,7 +16,7 @@ from burnish.engine.build import engine_kind, parameter_dtype
 from burnish.engine.local import LocalEngine
 from burnish.engine.optimizer import build_param_groups
 from burnish.engine.state_files import exported_weights, refuse_empty
-from burnish.errors import CheckpointError, MachineError
+from burnish.errors import CheckpointError
 from burnish.records import MicroBatch
 from burnish.runtime import Ranks
 from rig.toy import toy_config, toy_llama, toy_model, toy_store
@@ -140,19 +140,6 @@ def test_export_refuses_empty_tensors() -> None:
     model = toy_llama().requires_grad_(False)
     with pytest.raises(CheckpointError, match="no weights"):
         exported_weights(model, trained_only=True)
-
-
-def test_fp16_is_refused_on_a_cpu() -> None:
-    config = toy_config("out", {})
-    with pytest.raises(MachineError, match="fp16"):
-        LocalEngine(
-            toy_model(config, torch.float32),
-            config.optim,
-            ranks=ALONE,
-            device=CPU,
-            compute_dtype=torch.float16,
-            adapter_only=False,
-        )
 
 
 def test_buckets_hold_everything_in_order(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -26,6 +26,7 @@ from burnish.records import MicroBatch, StepStats
 from burnish.runtime import Ranks, barrier, sum_over_ranks
 from burnish.train.loop import TrainJob, train
 from rig.grown import grown, sighted
+from rig.half import deepspeed_accepts_fp16, first_scale
 from rig.runs import Memory, make_job, run_case, summary, weights_hash
 from rig.toy import toy_config, toy_llama, toy_model
 
@@ -157,6 +158,13 @@ def signalled(case: Mapping[str, Any], ranks: Ranks, output_dir: Path) -> dict[s
     return _attempt(job)
 
 
+def half(case: Mapping[str, Any], ranks: Ranks, output_dir: Path) -> dict[str, Any]:
+    """In fp16, with a first loss scale of two to the `power`; stopped by a signal after `at_step`."""
+    run = signalled if "at_step" in case else plain
+    with deepspeed_accepts_fp16(), first_scale(case.get("power", 12)):
+        return run({**case, "settings": {**case["settings"], "model.dtype": "fp16"}}, ranks, output_dir)
+
+
 def wide(case: Mapping[str, Any], ranks: Ranks, output_dir: Path) -> dict[str, Any]:
     """Train a toy whose MLP's weights are large enough (over 1 MiB a rank) to be swapped to a disk."""
     folder = output_dir.parent / case.get("folder", output_dir.name)
@@ -217,6 +225,7 @@ CASES: dict[str, Callable[[Mapping[str, Any], Ranks, Path], dict[str, Any]]] = {
     "signalled": signalled,
     "loaded": loaded,
     "wide": wide,
+    "half": half,
     "grown": grown,
     "sighted": sighted,
     "partitioned": partitioned,

@@ -24,12 +24,15 @@ class StepResult:
 
     `grad_norm` is the global L2 norm before clipping, or None where the engine cannot tell.
     `applied` is False when a gradient was not finite on any rank: then no rank applied the step
-    and no weight or optimizer state changed. `forward_seconds` and `backward_seconds` are those of all
-    micro-batches since the last step on this rank, None where they were not measured.
+    and no weight or optimizer state changed. `may_repeat` says that it may have been fp16's range that
+    was too small: the loss scale has been lowered, and the same micro-batches may give finite gradients
+    now. `forward_seconds` and `backward_seconds` are those of all micro-batches since the last step on
+    this rank, None where they were not measured.
     """
 
     grad_norm: float | None
     applied: bool
+    may_repeat: bool = False
     forward_seconds: float | None = None
     backward_seconds: float | None = None
 

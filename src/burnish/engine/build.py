@@ -17,10 +17,9 @@ from burnish.engine.local import LocalEngine
 from burnish.engine.sequence import SequenceParallelEngine, sequence_group
 from burnish.errors import ConfigError, MachineError, Problem
 from burnish.model.forward import SupervisedModel
+from burnish.model.load import COMPUTE_DTYPES
 from burnish.model.sequence_attention import share_sequence
-from burnish.runtime import Ranks
-
-TORCH_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+from burnish.runtime import Ranks, log
 
 
 def engine_kind(config: Config, ranks: Ranks) -> Literal["local", "deepspeed"]:
@@ -40,7 +39,7 @@ def parameter_dtype(config: Config, ranks: Ranks) -> torch.dtype:
     autocasts = engine_kind(config, ranks) == "local" or runs_in_fp32(config)
     if autocasts and config.adapter is None:
         return torch.float32
-    return TORCH_DTYPES[config.model.dtype]
+    return COMPUTE_DTYPES[config.model.dtype]
 
 
 def model_init_context(
@@ -87,12 +86,14 @@ def _whole_engine(config: Config, ranks: Ranks, device: torch.device, model: Sup
         from burnish.engine.deepspeed import DeepSpeedEngine
 
         return DeepSpeedEngine(model, config, ranks=ranks, device=device)
+    if config.model.dtype == "fp16" and device.type == "cpu":
+        log.warning("model.dtype: fp16 is tens of times slower on a CPU than bf16 or fp32.")
     return LocalEngine(
         model,
         config.optim,
         ranks=ranks,
         device=device,
-        compute_dtype=TORCH_DTYPES[config.model.dtype],
+        compute_dtype=COMPUTE_DTYPES[config.model.dtype],
         adapter_only=config.adapter is not None,
     )
 

@@ -22,6 +22,7 @@ from typing import Any, final, get_args
 
 import deepspeed
 import torch
+from deepspeed.accelerator import get_accelerator
 from deepspeed.ops.op_builder import AsyncIOBuilder  # pyright: ignore[reportAttributeAccessIssue]
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from deepspeed.runtime.zero.utils import is_zero_param
@@ -33,7 +34,7 @@ from burnish.config.check import unsuited_optimizer
 from burnish.config.raw_deepspeed import Names, unknown_settings
 from burnish.config.schema import Config
 from burnish.engine.base import Engine, StepResult
-from burnish.engine.ds_config import deepspeed_config, nvme_folder, runs_in_fp32, uses_nvme
+from burnish.engine.ds_config import deepspeed_config, nvme_folder, uses_nvme
 from burnish.engine.ds_nvme import (
     has_swapped_state,
     read_swapped_state,
@@ -49,15 +50,18 @@ from burnish.engine.ds_workarounds import (
     keep_gradients_in_memory,
     quieten,
     skip_shm_compile,
+    stay_at_lowest_scale,
     swap_files_left_alone,
 )
-from burnish.engine.gradients import finite_on_all_ranks, global_grad_norm
+from burnish.engine.gradients import clip_gradients, finite_on_all_ranks, global_grad_norm
 from burnish.engine.muon import MuonAdamW
 from burnish.engine.optimizer import build_optimizer, set_learning_rate
 from burnish.engine.phases import PhaseClock
+from burnish.engine.precision import loss_scaler, update_scale
 from burnish.engine.state_files import exported_weights, refuse_empty
 from burnish.errors import CheckpointError, ConfigError, MachineError, Problem
 from burnish.model.forward import SupervisedModel, to_device
+from burnish.model.load import COMPUTE_DTYPES
 from burnish.model.tiling import tiled_modules
 from burnish.records import MicroBatch
 from burnish.runtime import Ranks, barrier, gather_objects, log
@@ -66,6 +70,8 @@ TAG = "deepspeed"
 """The sub-folder in which DeepSpeed puts a checkpoint's files."""
 MODEL_PREFIX = "model."
 """Where `SupervisedModel` holds the Hugging Face model."""
+_LOSS_SCALE = "burnish_loss_scale"
+"""Under which DeepSpeed keeps, at stage 0, what it does not know of."""
 
 
 def prepare_deepspeed(ranks: Ranks, device: torch.device) -> None:
@@ -85,6 +91,10 @@ def _check_settings(config: Config) -> None:
     unknown = list(unknown_settings(section, known_zero_settings(), where))
     if unknown:
         raise ConfigError(*unknown)
+    accelerator: Any = get_accelerator()
+    if config.model.dtype == "fp16" and not accelerator.is_fp16_supported():
+        cure = "Use bf16 or fp32 here, or engine.kind: local."
+        raise MachineError(Problem("model.dtype", "DeepSpeed does not run fp16 on this device", cure))
     if uses_nvme(config) and not AsyncIOBuilder().is_compatible(verbose=False):
         what = "nvme needs Linux, a C++ compiler and the headers of libaio"
         cure = "Install them (on Debian: apt install g++ libaio-dev), or offload to cpu."
@@ -138,13 +148,11 @@ class DeepSpeedEngine(Engine):
         device: Where to compute.
 
     Raises:
-        MachineError: fp16 on a CPU, which DeepSpeed does not run.
+        MachineError: fp16 on a device for which DeepSpeed does not run it, most CPUs among them.
         ConfigError: The optimizer cannot work on what ZeRO gives it.
     """
 
     def __init__(self, model: SupervisedModel, config: Config, *, ranks: Ranks, device: torch.device) -> None:
-        if config.model.dtype == "fp16" and device.type == "cpu":
-            raise MachineError(Problem("model.dtype", "fp16 needs a GPU", "Use bf16 or fp32 on a CPU."))
         prepare_deepspeed(ranks, device)
         _check_settings(config)
         self._ranks = ranks
@@ -178,11 +186,18 @@ class DeepSpeedEngine(Engine):
         if self._uses_nvme:
             keep_gradients_in_memory(self._engine.optimizer.optimizer_swapper)
             weakref.finalize(self, remove_swap_files, nvme_folder(config), ranks.rank)
-        # An fp32 model at stage 0 is the one case where DeepSpeed applies whatever it is given,
-        # NaN included, and measures nothing: there we reduce and look before we let it step.
-        self._looks_itself = self._stage == 0 and runs_in_fp32(config)
-        if self._looks_itself:
+        # Stage 0 is the one case where DeepSpeed applies whatever it is given, NaN included, and
+        # measures nothing: there we reduce, look, and clip before we let it step.
+        self._max_grad_norm = config.optim.max_grad_norm
+        self._scaler = loss_scaler(device, COMPUTE_DTYPES[config.model.dtype]) if self._stage == 0 else None
+        if self._stage == 0:
             self._engine.enable_backward_allreduce = False
+            if config.model.dtype == "fp16":
+                self._engine.torch_autocast_z0_gradscaler = self._scaler
+        self._dynamic_scale: Any = None
+        if self._stage > 0 and config.model.dtype == "fp16":
+            self._dynamic_scale = self._engine.optimizer.loss_scaler
+            stay_at_lowest_scale(self._dynamic_scale)
 
     @property
     def device(self) -> torch.device:
@@ -200,29 +215,38 @@ class DeepSpeedEngine(Engine):
     def step(self, lr: float) -> StepResult:
         """See `Engine.step`."""
         set_learning_rate(self._optimizer, lr)
-        result = self._step_after_looking() if self._looks_itself else self._step_of_deepspeed()
+        result = self._step_of_deepspeed() if self._stage > 0 else self._step_after_looking()
         seconds = self._clock.take()
         return replace(
             result, forward_seconds=seconds.get("forward"), backward_seconds=seconds.get("backward")
         )
 
     def _step_of_deepspeed(self) -> StepResult:
+        before = self._loss_scale()
         self._engine.step()
-        norm = self._engine.get_global_grad_norm()
-        return StepResult(
-            grad_norm=None if norm is None else float(norm), applied=bool(self._engine.was_step_applied())
-        )
+        applied = bool(self._engine.was_step_applied())
+        # After gradients that are not finite, DeepSpeed still has the norm of the step before.
+        norm = self._engine.get_global_grad_norm() if applied else None
+        lowered = self._loss_scale() < before
+        return StepResult(None if norm is None else float(norm), applied, may_repeat=lowered)
+
+    def _loss_scale(self) -> float:
+        """ZeRO's, which only fp16 has."""
+        return 1.0 if self._dynamic_scale is None else float(self._dynamic_scale.loss_scale)
 
     def _step_after_looking(self) -> StepResult:
+        assert self._scaler is not None
         self._engine.buffered_allreduce_fallback()
+        self._scaler.unscale_(self._optimizer)
         parameters = [p for p in self._engine.module.parameters() if p.requires_grad]
         norm = global_grad_norm(parameters)
         applied = finite_on_all_ranks(norm, self._ranks)
         if applied:
-            self._engine.step()
-        else:
-            self._engine.zero_grad()
-        return StepResult(grad_norm=norm.item(), applied=applied)
+            clip_gradients(parameters, norm, self._max_grad_norm)
+            self._engine.step()  # updates the scale too
+            return StepResult(grad_norm=norm.item(), applied=True)
+        self._engine.zero_grad()
+        return StepResult(norm.item(), applied=False, may_repeat=update_scale(self._scaler, applied=False))
 
     @torch.no_grad()
     def evaluate(self, micro_batch: MicroBatch) -> Float[torch.Tensor, " documents"]:
@@ -239,8 +263,11 @@ class DeepSpeedEngine(Engine):
             self._engine.save_checkpoint(
                 str(folder),
                 tag=TAG,
-                # Lets ds_to_universal convert the shards for another world size.
-                client_state={"universal_checkpoint_info": {"universal_checkpoint_version": 0.2}},
+                client_state={
+                    # Lets ds_to_universal convert the shards for another world size.
+                    "universal_checkpoint_info": {"universal_checkpoint_version": 0.2},
+                    _LOSS_SCALE: None if self._scaler is None else self._scaler.state_dict(),
+                },
                 save_latest=False,
                 exclude_frozen_parameters=self._adapter_only,
             )
@@ -283,7 +310,7 @@ class DeepSpeedEngine(Engine):
 
     def _load(self, folder: Path) -> None:
         with groups_kept_apart(self._optimizer):
-            path, _ = self._engine.load_checkpoint(
+            path, client_state = self._engine.load_checkpoint(
                 str(folder),
                 tag=TAG,
                 load_module_strict=not self._adapter_only,
@@ -291,6 +318,8 @@ class DeepSpeedEngine(Engine):
             )
         if path is None:
             raise CheckpointError(Problem(str(folder), "DeepSpeed found no checkpoint in it"))
+        if self._scaler is not None and self._scaler.is_enabled():
+            self._scaler.load_state_dict(client_state[_LOSS_SCALE])
 
     def _load_swapped(self, folder: Path, num_shards: int) -> None:
         """Load state that was on NVMe, wherever it is to be now."""

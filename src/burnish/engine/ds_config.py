@@ -12,8 +12,8 @@ from burnish.config.schema import Config
 BUCKET_ELEMENTS = 50_000_000
 """Gradients reduced, and weights gathered, at once. DeepSpeed's own 500 million reserve 1 to 2 GB
 for each buffer and are no faster from a few ten million on."""
-
-
+FIRST_LOSS_SCALE_POWER = 12
+"""Of two. 2^16, where DeepSpeed and torch start, overflows in the first steps of most language models."""
 SWAPPED_ELEMENTS = 100_000_000
 """Of the masters, in memory at once where they are swapped to NVMe. DeepSpeed's own 1,000 million would
 pin 16 GB."""
@@ -35,7 +35,8 @@ def deepspeed_config(config: Config, *, on_gpu: bool) -> dict[str, Any]:
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
         "managed_gradient_accumulation": False,
-        "gradient_clipping": config.optim.max_grad_norm or 0.0,
+        # Without ZeRO we clip ourselves, see `DeepSpeedEngine.step`.
+        "gradient_clipping": (config.optim.max_grad_norm or 0.0) if config.engine.zero_stage else 0.0,
         "zero_optimization": _zero_section(config, on_gpu),
         "zero_allow_untested_optimizer": True,
         # With offload: torch's fused AdamW on the CPU instead of an extension compiled on the spot.
@@ -62,26 +63,30 @@ def _with_raw(settings: Mapping[str, Any], raw: Mapping[str, Any]) -> dict[str, 
 def runs_in_fp32(config: Config) -> bool:
     """Whether DeepSpeed sees an fp32 model.
 
-    bf16 at stage 0 does too, with autocast inside: DeepSpeed's own bf16 without ZeRO adds
-    micro-batches up in bf16, and its weights, masters and gradients together take no less memory.
+    At stage 0 it always does, with autocast inside where the forward runs in less. Its own bf16 without
+    ZeRO adds micro-batches up in bf16, its own fp16 (0.19) divides gradients by a loss scale that the loss
+    was never multiplied by; and weights, masters and gradients together take no less memory there.
     """
-    return config.model.dtype == "fp32" or (config.model.dtype == "bf16" and config.engine.zero_stage == 0)
+    return config.model.dtype == "fp32" or config.engine.zero_stage == 0
 
 
 def _precision_sections(config: Config) -> dict[str, Any]:
     """bf16, fp16 or neither. Masters and optimizer state are fp32 in all of them."""
-    if config.model.dtype == "fp16":
-        # 2^16, DeepSpeed's start, overflows in the first steps of most language models.
-        return {"fp16": {"enabled": True, "loss_scale": 0, "initial_scale_power": 12, "hysteresis": 1}}
     if config.model.dtype == "fp32":
         return {}
     if runs_in_fp32(config):
-        return {"torch_autocast": {"enabled": True, "dtype": "bfloat16"}}
-    return {
-        "bf16": {"enabled": True, "check_grad_overflow": True},
-        # Many micro-batches added up in bf16 lose their last bits.
-        "data_types": {"grad_accum_dtype": "fp32"},
-    }
+        return {
+            "torch_autocast": {
+                "enabled": True,
+                "dtype": {"bf16": "bfloat16", "fp16": "float16"}[config.model.dtype],
+            }
+        }
+    # Many micro-batches added up in 16 bits lose their last ones.
+    sums = {"data_types": {"grad_accum_dtype": "fp32"}}
+    if config.model.dtype == "bf16":
+        return {"bf16": {"enabled": True, "check_grad_overflow": True}, **sums}
+    scale = {"loss_scale": 0, "initial_scale_power": FIRST_LOSS_SCALE_POWER, "hysteresis": 1}
+    return {"fp16": {"enabled": True, **scale}, **sums}
 
 
 def _zero_section(config: Config, on_gpu: bool) -> dict[str, Any]:

@@ -107,6 +107,20 @@ def convert_to_universal(shards: Path, target: Path) -> str | None:
     return None if done.returncode == 0 else done.stderr.strip().splitlines()[-1]
 
 
+def stay_at_lowest_scale(scaler: Any) -> None:
+    """Let fp16's loss scale stay at its minimum when gradients overflow there too.
+
+    DeepSpeed raises a bare Exception then. The step has been skipped like others before it; when there are
+    too many in a row, the loop ends the run with a checkpoint.
+
+    Remove when: what to do at the minimum is a setting.
+
+    Args:
+        scaler: The ZeRO optimizer's `loss_scaler`.
+    """
+    scaler.raise_error_at_min_scale = False
+
+
 @contextlib.contextmanager
 def groups_kept_apart(optimizer: torch.optim.Optimizer) -> Iterator[None]:
     """While entered, a checkpoint may be loaded; afterwards each group is itself again.

@@ -8,7 +8,6 @@ micro-batches and the order of parameters cannot matter.
 
 from __future__ import annotations
 
-import contextlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,6 +21,7 @@ from burnish.engine.base import Engine, Scorer, StepResult
 from burnish.engine.gradients import clip_gradients, finite_on_all_ranks, global_grad_norm, sum_gradients
 from burnish.engine.optimizer import build_optimizer, set_learning_rate
 from burnish.engine.phases import PhaseClock
+from burnish.engine.precision import autocast, loss_scaler, update_scale
 from burnish.engine.state_files import (
     copy_exactly,
     exported_weights,
@@ -31,7 +31,6 @@ from burnish.engine.state_files import (
     trained_state,
     write_tensors,
 )
-from burnish.errors import MachineError, Problem
 from burnish.model.forward import SupervisedModel, to_device
 from burnish.records import MicroBatch
 from burnish.runtime import Ranks
@@ -39,16 +38,6 @@ from burnish.runtime import Ranks
 WEIGHTS_FILE = "weights.safetensors"
 OPTIMIZER_FILE = "optimizer.safetensors"
 SCALER_FILE = "scaler.json"
-
-FIRST_LOSS_SCALE = 2.0**12
-"""fp16 starts here instead of at torch's 2^16, which overflows in the first steps of most language
-models: a skipped step is an event of its own and should mean something."""
-
-
-def _autocast(device: torch.device, compute_dtype: torch.dtype) -> contextlib.AbstractContextManager[object]:
-    if compute_dtype == torch.float32:
-        return contextlib.nullcontext()
-    return torch.autocast(device.type, dtype=compute_dtype)
 
 
 @final
@@ -77,7 +66,7 @@ class LocalScorer(Scorer):
         was_training = self._model.training
         self._model.eval()
         try:
-            with _autocast(self._device, self._compute_dtype):
+            with autocast(self._device, self._compute_dtype):
                 return self._model(to_device(micro_batch, self._device), per_document=True).float()
         finally:
             self._model.train(was_training)
@@ -94,9 +83,6 @@ class LocalEngine(Engine):
         device: Where to compute.
         compute_dtype: What the forward runs in (fp32 means no autocast).
         adapter_only: Export trained weights only (an adapter).
-
-    Raises:
-        MachineError: fp16 on a CPU, which has no kernels worth the name for it.
     """
 
     def __init__(
@@ -109,8 +95,6 @@ class LocalEngine(Engine):
         compute_dtype: torch.dtype,
         adapter_only: bool,
     ) -> None:
-        if compute_dtype == torch.float16 and device.type == "cpu":
-            raise MachineError(Problem("model.dtype", "fp16 needs a GPU", "Use bf16 or fp32 on a CPU."))
         self._model = model.to(device)
         self._ranks = ranks
         self._device = device
@@ -121,10 +105,7 @@ class LocalEngine(Engine):
         self._clock = PhaseClock(device)
         self._optimizer = build_optimizer(self._model, optim)
         self._parameters = [p for p in self._model.parameters() if p.requires_grad]
-        # Disabled, a scaler multiplies by nothing and skips nothing: one path for every dtype.
-        self._scaler = torch.amp.GradScaler(
-            device.type, init_scale=FIRST_LOSS_SCALE, enabled=compute_dtype == torch.float16
-        )
+        self._scaler = loss_scaler(device, compute_dtype)
         self._model.train()
         self._share_weights()
 
@@ -135,7 +116,7 @@ class LocalEngine(Engine):
 
     def forward_backward(self, micro_batch: MicroBatch, total_weight: float) -> Float[torch.Tensor, ""]:
         """See `Engine.forward_backward`."""
-        with self._clock.phase("forward"), _autocast(self._device, self._compute_dtype):
+        with self._clock.phase("forward"), autocast(self._device, self._compute_dtype):
             nll_sum = self._model(to_device(micro_batch, self._device))
         with self._clock.phase("backward"):
             self._scaler.scale(nll_sum / total_weight).backward()
@@ -151,10 +132,10 @@ class LocalEngine(Engine):
             clip_gradients(self._parameters, norm, self._max_grad_norm)
             set_learning_rate(self._optimizer, lr)
             self._scaler.step(self._optimizer)
-        self._scaler.update()
+        may_repeat = update_scale(self._scaler, applied)
         self._optimizer.zero_grad(set_to_none=True)
         seconds = self._clock.take()
-        return StepResult(norm.item(), applied, seconds.get("forward"), seconds.get("backward"))
+        return StepResult(norm.item(), applied, may_repeat, seconds.get("forward"), seconds.get("backward"))
 
     def evaluate(self, micro_batch: MicroBatch) -> Float[torch.Tensor, " documents"]:
         """See `Scorer.evaluate`."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -127,6 +128,48 @@ def train_step(
         passes only; who knows the plan adds the fraction.
     """
     started = time.perf_counter()
+    attempt = _attempt(engine, window, feed, ranks, lr, stop_asked)
+    # A step that fp16's range was too small for is not lost: its examples would be left out of the epoch.
+    while attempt.result.may_repeat and math.isfinite(attempt.nll_sum):
+        log.info("Step %d: gradients overflow fp16. Again, with a smaller loss scale.", window.step)
+        attempt = _attempt(engine, window, feed, ranks, lr, stop_asked)
+    seconds = time.perf_counter() - started
+    stats = StepStats(
+        step=window.step,
+        epoch=float(window.epoch),
+        loss=attempt.nll_sum / window.total_weight,
+        lr=lr,
+        grad_norm=attempt.result.grad_norm,
+        applied=attempt.result.applied,
+        num_examples=len(window.example_ids),
+        num_tokens=window.num_tokens,
+        num_supervised_tokens=window.num_supervised_tokens,
+        seconds=seconds,
+        peak_memory_bytes=peak_memory_bytes(engine.device),
+        example_ids=tuple(int(i) for i in window.example_ids),
+        num_micro_batches=len(window.cuts[ranks.rank]),
+        phase_seconds=_phase_seconds(attempt, seconds, engine.device),
+    )
+    return stats, attempt.stop_asked
+
+
+@dataclass(frozen=True)
+class _Attempt:
+    """What came of computing a window and applying it."""
+
+    nll_sum: float
+    """Over all ranks."""
+    stop_asked: bool
+    """On any rank."""
+    result: StepResult
+    data_seconds: float
+    update_seconds: float
+
+
+def _attempt(
+    engine: Engine, window: Window, feed: Feed, ranks: Ranks, lr: float, stop_asked: bool
+) -> _Attempt:
+    """This rank's share of a window, forward and backward, and the step of all ranks."""
     sums = torch.zeros(2, dtype=torch.float64, device=engine.device)
     data_seconds = 0.0
     for example_ids in window.cuts[ranks.rank]:
@@ -141,37 +184,19 @@ def train_step(
     update_seconds = time.perf_counter() - asked
     sums[1] = float(stop_asked)
     nll_sum, num_asked = sum_over_ranks(sums, ranks).tolist()
-    seconds = time.perf_counter() - started
-    stats = StepStats(
-        step=window.step,
-        epoch=float(window.epoch),
-        loss=nll_sum / window.total_weight,
-        lr=lr,
-        grad_norm=result.grad_norm,
-        applied=result.applied,
-        num_examples=len(window.example_ids),
-        num_tokens=window.num_tokens,
-        num_supervised_tokens=window.num_supervised_tokens,
-        seconds=seconds,
-        peak_memory_bytes=peak_memory_bytes(engine.device),
-        example_ids=tuple(int(i) for i in window.example_ids),
-        num_micro_batches=len(window.cuts[ranks.rank]),
-        phase_seconds=_phase_seconds(result, data_seconds, update_seconds, seconds, engine.device),
-    )
-    return stats, num_asked > 0
+    return _Attempt(nll_sum, num_asked > 0, result, data_seconds, update_seconds)
 
 
-def _phase_seconds(
-    result: StepResult, data: float, update: float, seconds: float, device: torch.device
-) -> dict[str, float]:
+def _phase_seconds(attempt: _Attempt, seconds: float, device: torch.device) -> dict[str, float]:
     """Where the time of a step went, see `StepStats.phase_seconds`."""
-    if result.forward_seconds is None or result.backward_seconds is None:
+    forward, backward = attempt.result.forward_seconds, attempt.result.backward_seconds
+    if forward is None or backward is None:
         return {}
-    named = {"data": data, "forward": result.forward_seconds, "backward": result.backward_seconds}
+    named = {"data": attempt.data_seconds, "forward": forward, "backward": backward}
     if device.type == "cuda":
         # The host waits in `step` for what it queued before, so its own clock says nothing of the update.
         return {**named, "update": max(0.0, seconds - sum(named.values())), "other": 0.0}
-    named["update"] = update
+    named["update"] = attempt.update_seconds
     return {**named, "other": seconds - sum(named.values())}
 
 
