@@ -31,6 +31,7 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
+from data_path.rows import made_up_rows, read_rows, tokenizer_for
 from parity_peers import differences
 from parity_peers.curves import largest_difference, weights_apart
 from parity_peers.environment import default_folder, make_environment
@@ -41,7 +42,6 @@ from parity_peers.peers import Peer, Peers, openrlhf_case, trl_case
 from tokenizers.decoders import ByteLevel
 
 from burnish.runtime import quieten_libraries
-from data import made_up_rows, read_rows, tokenizer_for
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "parity.md"
 NUM_STEPS = 50

@@ -77,7 +77,7 @@ def test_ten_steps_are_those_of_trl(tmp_path, lora):
     from parity_peers.job import PLAIN, make_job, our_config, train_ours
     from parity_peers.peers import Peers
 
-    data, curves = load(BENCH / "data.py"), load(BENCH / "parity_peers/curves.py")
+    data, curves = load(BENCH / "data_path/rows.py"), load(BENCH / "parity_peers/curves.py")
     rows = data.made_up_rows(400)
     job = make_job(tmp_path / "job", rows, data.tokenizer_for(None, rows), num_steps=10)
     setting = PLAIN.with_lora() if lora else PLAIN

@@ -137,11 +137,6 @@ def _check_batch(config: Config) -> Iterator[Problem]:
         yield Problem("batch.micro_examples", "is set together with batch.micro_tokens", cure)
 
 
-# Tried with DeepSpeed 0.19.8 on a CPU: fetching ahead, it asks twice for one weight and stops at an
-# assertion (partitioned_param_swapper.py, "already assigned swap buffer"); fp32 weights become bf16.
-_NVME_WEIGHTS = "where DeepSpeed stops in the first step"
-
-
 def _check_engine(config: Config) -> Iterator[Problem]:
     engine, adapter = config.engine, config.adapter
     one_process = config.launch.num_processes == 1 and engine.kind == "auto"
@@ -162,13 +157,15 @@ def _check_engine(config: Config) -> Iterator[Problem]:
         where = getattr(engine, key)
         if where != "none" and engine.kind == "local":
             yield Problem(f"engine.{key}", f"is {where}, but engine.kind is local", cure_local)
-    if engine.offload_params == "nvme":
-        yield Problem("engine.offload_params", f"is nvme, {_NVME_WEIGHTS}", "Use engine.offload_params: cpu.")
+    if engine.offload_params == "nvme" and config.model.dtype == "fp32":
+        # Seen with DeepSpeed 0.19.8, which says nothing of it.
+        what = "is nvme, where DeepSpeed rounds weights to bf16, but model.dtype is fp32"
+        yield Problem("engine.offload_params", what, "Set model.dtype: bf16, or engine.offload_params: cpu.")
     if engine.offload_optimizer == "nvme" and engine.zero_stage != 3:
         cure = "Set engine.zero_stage: 3, or engine.offload_optimizer: cpu."
         what = f"is nvme, which needs ZeRO 3, but engine.zero_stage is {engine.zero_stage}"
         yield Problem("engine.offload_optimizer", what, cure)
-    if engine.nvme_path is not None and engine.offload_optimizer != "nvme":
+    if engine.nvme_path is not None and "nvme" not in (engine.offload_optimizer, engine.offload_params):
         cure = "Set engine.offload_optimizer: nvme, or leave engine.nvme_path out."
         yield Problem("engine.nvme_path", "is set, but nothing is offloaded to nvme", cure)
     if engine.hpz_size > 1 and (engine.zero_stage != 3 or local):

@@ -218,9 +218,9 @@ class EngineConfig(_Section):
     offload_optimizer: Literal["none", "cpu", "nvme"] = "none"
     """Keep optimizer state there (nvme: ZeRO 3)."""
     offload_params: Literal["none", "cpu", "nvme"] = "none"
-    """Keep weights there (ZeRO 3). nvme is refused for now: DeepSpeed stops in the first step."""
+    """Keep weights there (ZeRO 3; nvme not in fp32)."""
     nvme_path: str | None = None
-    """Folder on a fast disk of every host, for optimizer state on nvme; null takes output_dir."""
+    """Folder on a fast disk of every host, for what is on nvme; null takes output_dir."""
     hpz_size: PositiveInt = 1
     """Ranks, best those of one host, that hold all weights among them for the backward (ZeRO 3, hpZ)."""
     sequence_parallel: PositiveInt = 1

@@ -13,7 +13,6 @@ same number of micro-batches, which windows guarantee.
 from __future__ import annotations
 
 import contextlib
-import shutil
 import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -34,17 +33,21 @@ from burnish.config.check import unsuited_optimizer
 from burnish.config.raw_deepspeed import Names, unknown_settings
 from burnish.config.schema import Config
 from burnish.engine.base import Engine, StepResult
-from burnish.engine.ds_config import deepspeed_config, nvme_folder, uses_nvme
+from burnish.engine.ds_checkpoint import TAG, as_universal, refuse_other_stage, written_by
+from burnish.engine.ds_config import deepspeed_config, nvme_folder, swaps_optimizer, swaps_weights, uses_nvme
 from burnish.engine.ds_nvme import (
     has_swapped_state,
+    largest_weight,
     read_swapped_state,
     remove_swap_files,
+    share_of,
+    swappers_of_weights,
     write_swapped_state,
 )
 from burnish.engine.ds_shards import shards_of_zero
 from burnish.engine.ds_workarounds import (
     announce_ranks,
-    convert_to_universal,
+    ask_once,
     groups_kept_apart,
     join_alone,
     keep_gradients_in_memory,
@@ -60,14 +63,13 @@ from burnish.engine.phases import PhaseClock
 from burnish.engine.precision import loss_scaler, update_scale
 from burnish.engine.state_files import exported_weights, refuse_empty
 from burnish.errors import CheckpointError, ConfigError, MachineError, Problem
+from burnish.model.foresee import largest_parameter
 from burnish.model.forward import SupervisedModel, to_device
 from burnish.model.load import COMPUTE_DTYPES
 from burnish.model.tiling import tiled_modules
 from burnish.records import MicroBatch
-from burnish.runtime import Ranks, barrier, gather_objects, log
+from burnish.runtime import Ranks, barrier, log
 
-TAG = "deepspeed"
-"""The sub-folder in which DeepSpeed puts a checkpoint's files."""
 MODEL_PREFIX = "model."
 """Where `SupervisedModel` holds the Hugging Face model."""
 _LOSS_SCALE = "burnish_loss_scale"
@@ -98,7 +100,8 @@ def _check_settings(config: Config) -> None:
     if uses_nvme(config) and not AsyncIOBuilder().is_compatible(verbose=False):
         what = "nvme needs Linux, a C++ compiler and the headers of libaio"
         cure = "Install them (on Debian: apt install g++ libaio-dev), or offload to cpu."
-        raise MachineError(Problem("engine.offload_optimizer", what, cure))
+        key = "engine.offload_optimizer" if swaps_optimizer(config) else "engine.offload_params"
+        raise MachineError(Problem(key, what, cure))
 
 
 def known_zero_settings() -> Names:
@@ -127,7 +130,9 @@ def zero3_init_context(config: Config, ranks: Ranks, device: torch.device) -> It
 
     prepare_deepspeed(ranks, device)
     _check_settings(config)
-    settings = deepspeed_config(config, on_gpu=device.type == "cuda")
+    largest = largest_parameter(config.model) if swaps_weights(config) else None
+    piece = None if largest is None else share_of(ranks, largest)
+    settings = deepspeed_config(config, on_gpu=device.type == "cuda", largest_piece=piece)
     # zero.Init makes parameters in this dtype; ours are what the forward runs in.
     kept_alive = HfDeepSpeedConfig({**settings, "train_batch_size": ranks.world_size})
     try:
@@ -177,14 +182,20 @@ class DeepSpeedEngine(Engine):
         self._engine: Any = deepspeed.initialize(
             model=model,
             optimizer=self._optimizer,
-            config=deepspeed_config(config, on_gpu=device.type == "cuda"),
+            config=deepspeed_config(
+                config, on_gpu=device.type == "cuda", largest_piece=share_of(ranks, largest_weight(model))
+            ),
             dist_init_required=False,
         )[0]
         if isinstance(self._optimizer, MuonAdamW) and self._stage > 0:
             self._optimizer.locate(shards_of_zero(self._engine.optimizer, groups, self._stage, ranks))
-        self._uses_nvme = uses_nvme(config)
-        if self._uses_nvme:
+        self._swaps_optimizer = swaps_optimizer(config)
+        if self._swaps_optimizer:
             keep_gradients_in_memory(self._engine.optimizer.optimizer_swapper)
+        if swaps_weights(config):
+            for swapper in swappers_of_weights(model):
+                ask_once(swapper)
+        if uses_nvme(config):
             weakref.finalize(self, remove_swap_files, nvme_folder(config), ranks.rank)
         # Stage 0 is the one case where DeepSpeed applies whatever it is given, NaN included, and
         # measures nothing: there we reduce, look, and clip before we let it step.
@@ -271,17 +282,11 @@ class DeepSpeedEngine(Engine):
                 save_latest=False,
                 exclude_frozen_parameters=self._adapter_only,
             )
-        if self._uses_nvme:
+        if self._swaps_optimizer:
             write_swapped_state(self._engine.optimizer, folder / TAG, self._ranks.rank)
             barrier(self._ranks)  # until then other ranks' half-written files lie in the folder too
         files = sorted(path for path in folder.rglob("*") if path.is_file())
-        return [path for path in files if self._wrote(path)]
-
-    def _wrote(self, path: Path) -> bool:
-        """Shards carry their rank in the name; what carries none is rank 0's."""
-        if "_pp_rank_" not in path.name:
-            return self._ranks.is_main
-        return f"_pp_rank_{self._ranks.rank}_" in path.name
+        return [path for path in files if written_by(self._ranks, path)]
 
     def load_state(self, folder: Path) -> None:
         """Load the shards; those of another number of ranks are converted first.
@@ -292,8 +297,8 @@ class DeepSpeedEngine(Engine):
                 cannot be converted.
         """
         num_shards = len(list((folder / TAG).glob("*_optim_states.pt")))
-        self._refuse_other_stage(folder, num_shards)
-        if self._uses_nvme or has_swapped_state(folder / TAG):
+        refuse_other_stage(folder, self._stage, num_shards)
+        if self._swaps_optimizer or has_swapped_state(folder / TAG):
             self._load_swapped(folder, num_shards)
             return
         if self._stage == 0 or num_shards == self._ranks.world_size:
@@ -305,7 +310,7 @@ class DeepSpeedEngine(Engine):
             cure = f"Resume on {num_shards}: only adamw's state can be laid out for another number."
             raise CheckpointError(Problem("checkpoint.resume", what, cure))
         log.info("Converting %s from %d ranks to %d.", folder, num_shards, self._ranks.world_size)
-        with self._universal(folder) as converted:
+        with as_universal(self._engine, folder, self._ranks) as converted:
             self._load(converted)
 
     def _load(self, folder: Path) -> None:
@@ -343,39 +348,6 @@ class DeepSpeedEngine(Engine):
             raise CheckpointError(Problem(str(folder), "DeepSpeed found no checkpoint in it"))
         read_swapped_state(zero, folder / TAG, self._ranks.rank)
         zero.checkpoint_event_epilogue()
-
-    def _refuse_other_stage(self, folder: Path, num_shards: int) -> None:
-        """DeepSpeed's own refusals are assertions deep inside; say it before it begins."""
-        has_zero3_shards = any((folder / TAG).glob("zero_pp_rank_*_model_states.pt"))
-        saved = "0 (or by another engine)" if num_shards == 0 else "3" if has_zero3_shards else "1 or 2"
-        fits = {0: num_shards == 0, 3: has_zero3_shards}.get(
-            self._stage, num_shards > 0 and not has_zero3_shards
-        )
-        if not fits or not (folder / TAG).is_dir():
-            raise CheckpointError(
-                Problem(
-                    "engine.zero_stage",
-                    f"the checkpoint was saved under stage {saved}, this run has stage {self._stage}",
-                    "Resume with the engine settings that it was saved with.",
-                )
-            )
-
-    @contextlib.contextmanager
-    def _universal(self, folder: Path) -> Iterator[Path]:
-        """While entered: the shards as a universal checkpoint, and an engine that loads one."""
-        converted = folder.parent.with_name(f".staging-universal-{folder.parent.name}")
-        failure = convert_to_universal(folder / TAG, converted / TAG) if self._ranks.is_main else None
-        failure = gather_objects(failure, self._ranks)[0]
-        if failure is not None:
-            raise CheckpointError(Problem(str(folder), f"could not be converted: {failure}"))
-        self._engine._config.load_universal_checkpoint = True
-        try:
-            yield converted
-        finally:
-            self._engine._config.load_universal_checkpoint = False
-            barrier(self._ranks)
-            if self._ranks.is_main:
-                shutil.rmtree(converted)
 
     def export_state(self) -> dict[str, torch.Tensor] | None:
         """See `Engine.export_state`. Every rank takes part in the gathering."""

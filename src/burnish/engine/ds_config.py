@@ -19,7 +19,12 @@ SWAPPED_ELEMENTS = 100_000_000
 pin 16 GB."""
 
 
-def deepspeed_config(config: Config, *, on_gpu: bool) -> dict[str, Any]:
+SWAP_BUFFERS = 8
+"""Weights on their way from NVMe at once, each in a buffer for the largest of them. DeepSpeed's 5 are too few
+where a module and what is fetched ahead of the next ones come together."""
+
+
+def deepspeed_config(config: Config, *, on_gpu: bool, largest_piece: int | None = None) -> dict[str, Any]:
     """The dict for `deepspeed.initialize` that the step recipe needs.
 
     Windows own the accumulation: DeepSpeed sees `gradient_accumulation_steps: 1` and, unmanaged,
@@ -30,6 +35,8 @@ def deepspeed_config(config: Config, *, on_gpu: bool) -> dict[str, Any]:
     Args:
         config: The run.
         on_gpu: Pinned memory and overlapped communication exist only there.
+        largest_piece: Numbers in a rank's share of the largest weight, which a buffer for weights on NVMe
+            must hold; None leaves DeepSpeed's own 100 million.
     """
     settings: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": 1,
@@ -37,7 +44,7 @@ def deepspeed_config(config: Config, *, on_gpu: bool) -> dict[str, Any]:
         "managed_gradient_accumulation": False,
         # Without ZeRO we clip ourselves, see `DeepSpeedEngine.step`.
         "gradient_clipping": (config.optim.max_grad_norm or 0.0) if config.engine.zero_stage else 0.0,
-        "zero_optimization": _zero_section(config, on_gpu),
+        "zero_optimization": _zero_section(config, on_gpu, largest_piece),
         "zero_allow_untested_optimizer": True,
         # With offload: torch's fused AdamW on the CPU instead of an extension compiled on the spot.
         "zero_force_ds_cpu_optimizer": False,
@@ -89,7 +96,7 @@ def _precision_sections(config: Config) -> dict[str, Any]:
     return {"fp16": {"enabled": True, **scale}, **sums}
 
 
-def _zero_section(config: Config, on_gpu: bool) -> dict[str, Any]:
+def _zero_section(config: Config, on_gpu: bool, largest_piece: int | None) -> dict[str, Any]:
     stage = config.engine.zero_stage
     section: dict[str, Any] = {"stage": stage}
     if stage == 0:
@@ -104,18 +111,30 @@ def _zero_section(config: Config, on_gpu: bool) -> dict[str, Any]:
     else:
         section["stage3_prefetch_bucket_size"] = BUCKET_ELEMENTS
         section["zero_hpz_partition_size"] = config.engine.hpz_size
-        if uses_nvme(config):  # several buffers of this size are pinned for the way to the disk and back
+        if swaps_optimizer(config):  # several buffers of this size are pinned for the way there and back
             section["sub_group_size"] = SWAPPED_ELEMENTS
     if config.engine.offload_optimizer != "none":
         section["offload_optimizer"] = _offload_section(config, config.engine.offload_optimizer, on_gpu)
     if config.engine.offload_params != "none":
         section["offload_param"] = _offload_section(config, config.engine.offload_params, on_gpu)
+        if swaps_weights(config) and largest_piece is not None:
+            section["offload_param"] |= {"buffer_size": largest_piece, "buffer_count": SWAP_BUFFERS}
     return section
 
 
 def uses_nvme(config: Config) -> bool:
-    """Whether the optimizer's state is swapped to a disk."""
+    """Whether anything is swapped to a disk."""
+    return swaps_optimizer(config) or swaps_weights(config)
+
+
+def swaps_optimizer(config: Config) -> bool:
+    """Whether masters and optimizer state are swapped to a disk."""
     return config.engine.offload_optimizer == "nvme"
+
+
+def swaps_weights(config: Config) -> bool:
+    """Whether the weights of the forward are swapped to a disk."""
+    return config.engine.offload_params == "nvme"
 
 
 def nvme_folder(config: Config) -> Path:

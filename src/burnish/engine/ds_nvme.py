@@ -1,4 +1,4 @@
-"""Optimizer state that ZeRO-3 keeps on NVMe: saved and taken back by ourselves. Imports no deepspeed.
+"""What ZeRO-3 keeps on NVMe. Optimizer state is saved and taken back by ourselves. Imports no deepspeed.
 
 DeepSpeed 0.19 saves it by copying the swap files, and cannot go on from them: in a fresh engine no
 file is known to hold a moment before the first step makes new moments of zeros; what is too small to be
@@ -21,9 +21,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from burnish.engine.state_files import copy_exactly, read_tensors, write_tensors
 from burnish.errors import CheckpointError, Problem
+from burnish.runtime import Ranks
 
 _MASTERS = "fp32"
 
@@ -93,6 +95,23 @@ def _swapped_in(zero: Any, number: int, back: bool = False) -> Iterator[None]:
         zero._optimizer_states_and_gradient_swap_out(number)
     elif swapped:
         zero._release_swap_buffers(number)
+
+
+def largest_weight(model: nn.Module) -> int:
+    """Numbers in a model's largest weight."""
+    # A partitioned weight is empty, and knows of its whole by what DeepSpeed hangs on it.
+    return max(getattr(p, "ds_numel", p.numel()) for p in model.parameters())
+
+
+def share_of(ranks: Ranks, num_elements: int) -> int:
+    """A rank's part of a weight, rounded up as ZeRO-3 does."""
+    return -(-num_elements // ranks.world_size)
+
+
+def swappers_of_weights(model: nn.Module) -> set[Any]:
+    """What brings the weights of a partitioned model from NVMe: one, or two where part was loaded before."""
+    partitioned: Iterator[Any] = iter(model.parameters())
+    return {p.nvme_swapper for p in partitioned}
 
 
 def remove_swap_files(folder: Path, rank: int) -> None:

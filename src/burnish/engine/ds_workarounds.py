@@ -12,7 +12,7 @@ import shutil
 import subprocess
 import sys
 import warnings
-from collections.abc import Iterator, MutableMapping
+from collections.abc import Iterator, MutableMapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -158,6 +158,26 @@ def swap_files_left_alone(engine: Any) -> Iterator[None]:
         yield
     finally:
         del engine.zero_nvme_offload_optimizer
+
+
+def ask_once(swapper: Any) -> None:
+    """Let a weight on NVMe that is asked for twice at a time be read once.
+
+    Fetching ahead (`zero/partitioned_param_coordinator.py`, `__prefetch_nvme_param_partitions`) goes through
+    the weights in the order of their use, where one that two modules use stands twice (the head's matrix,
+    which our loss uses too); the swapper then stops at an assertion, "already assigned swap buffer".
+
+    Remove when: it leaves out what it has asked for.
+
+    Args:
+        swapper: What the parameters have as `nvme_swapper`.
+    """
+    swap_in = swapper.swap_in
+
+    def swap_in_once(params: Sequence[Any], *args: Any, **kwargs: Any) -> None:
+        swap_in(list(dict.fromkeys(params)), *args, **kwargs)
+
+    swapper.swap_in = swap_in_once
 
 
 def keep_gradients_in_memory(swapper: Any) -> None:

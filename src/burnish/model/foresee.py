@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 
-from burnish.config.schema import Config
+from burnish.config.schema import Config, ModelConfig
 from burnish.model.attention import Capability, asked, can_isolate
 from burnish.model.load import load_model_config
 from burnish.model.vision import architecture_of, count_kept
@@ -25,6 +26,25 @@ def shape_of(model_config: Any) -> ModelShape:
     return ModelShape.from_config_json(model_config.to_dict()).beside(*count_kept(model_config))
 
 
+def largest_parameter(model: ModelConfig) -> int | None:
+    """Numbers in a model's largest weight, with an eighth more for tokens that may be added.
+
+    Returns:
+        None where the code comes with the model, which only loading runs.
+    """
+    empty = _empty(load_model_config(model))
+    return None if empty is None else max(p.numel() for p in empty.parameters()) * 9 // 8
+
+
+def _empty(model_config: Any) -> PreTrainedModel | None:
+    """A model without memory for its weights."""
+    architecture = architecture_of(model_config)
+    if architecture is None:
+        return None
+    with torch.device("meta"):
+        return architecture(model_config)
+
+
 def foresee_capability(config: Config) -> Capability | None:
     """What `can_isolate` will find for the model when it is loaded.
 
@@ -37,10 +57,5 @@ def foresee_capability(config: Config) -> Capability | None:
     Raises:
         ConfigError: What `can_isolate` raises.
     """
-    model_config = load_model_config(config.model)
-    architecture = architecture_of(model_config)
-    if architecture is None:
-        return None
-    with torch.device("meta"):
-        empty = architecture(model_config).bfloat16()
-    return can_isolate(empty, *asked(config))
+    empty = _empty(load_model_config(config.model))
+    return None if empty is None else can_isolate(empty.bfloat16(), *asked(config))
