@@ -26,8 +26,8 @@ demo: $(READY) ## Run the main job end to end on the CPU: train, evaluate, repor
 test: $(READY) ## Run the tests (under 12 minutes on 2 cores)
 	$(BIN)/python -m pytest -m "not slow" --numprocesses 2 --dist loadfile
 
-test-full: $(READY) ## Run every test, the long ones too
-	$(BIN)/python -m pytest
+test-full: $(READY) ## Run every test, the long ones too (about half an hour on 2 cores)
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 lint: $(READY) ## Check style, types and who imports whom
 	$(BIN)/ruff check .

@@ -1,6 +1,6 @@
 """Measure what `burnish train` really takes, rank by rank, against what `plan` said.
 
-    python bench/memory.py                 every case, a few minutes on 2 cores
+    python bench/memory.py                 every case, half an hour on 2 cores
     python bench/memory.py zero-2 lora     the cases whose name holds one of these words
 
 Every case trains a few steps on the CPU by the same code as `burnish train`. A rank's memory is its resident
@@ -64,6 +64,12 @@ def _zero(stage: int, **more: Any) -> dict[str, Any]:
     return {"engine": {"kind": "deepspeed", "zero_stage": stage, **more}}
 
 
+_LONG: dict[str, Any] = {
+    "data": {"max_tokens": 16_384},
+    "batch": {"micro_tokens": 16_384},
+    "model": {"activation_checkpointing": "full"},
+}
+
 CASES = (
     Case("fp32 full", {"model": {"dtype": "fp32"}}),
     Case("bf16 full"),
@@ -83,6 +89,10 @@ CASES = (
     Case("bf16 adafactor", {"optim": {"name": "adafactor"}}),
     Case("bf16 long documents", {"data": {"max_tokens": 8192}, "batch": {"micro_tokens": 8192}},
          document_tokens=(6000, 8000)),
+    Case("bf16, 16,000 tokens in one", _LONG, document_tokens=(16_000, 16_000)),
+    Case("bf16, 16,000 tokens in one, MLP in tiles", {
+        **_LONG, "model": {"activation_checkpointing": "full", "mlp_tile_tokens": 2048},
+    }, document_tokens=(16_000, 16_000)),
     Case("qwen bf16 full", model=QWEN),
     Case("qwen bf16 LoRA", {"adapter": {"rank": 16, "alpha": 32}}, model=QWEN),
     Case("zero-1 bf16", _zero(1), num_processes=2),

@@ -1,5 +1,7 @@
 """The supervised head alone: value, gradients, chunks, dtypes, and what must not be computed."""
 
+import weakref
+
 import pytest
 import torch
 from torch.nn import functional
@@ -52,6 +54,21 @@ def test_nothing_supervised_still_touches_the_head():
     assert weight.grad is not None and not weight.grad.any()
     assert bias.grad is not None and not bias.grad.any()
     assert hidden.grad is not None and hidden.grad.shape == (0, 16)
+
+
+def test_one_chunk_of_logits_at_a_time(monkeypatch):
+    monkeypatch.setattr(head_module, "MIN_CHUNK_ROWS", 8)
+    inner, chunks, living = head_module._Work.nll_and_gradient, [], []
+
+    def remembered(*arguments):
+        living.append(sum(chunk() is not None for chunk in chunks))
+        logits = inner(*arguments)
+        chunks.append(weakref.ref(logits))
+        return logits
+
+    monkeypatch.setattr(head_module._Work, "nll_and_gradient", remembered)
+    supervised_loss(*problem(), HeadShape())
+    assert living == [0, 0, 0, 0, 0]
 
 
 def test_frozen_parts_get_no_gradient():

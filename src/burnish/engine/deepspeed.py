@@ -34,17 +34,22 @@ from burnish.config.raw_deepspeed import Names, unknown_settings
 from burnish.config.schema import Config
 from burnish.engine.base import Engine, StepResult
 from burnish.engine.ds_checkpoint import TAG, as_universal, refuse_other_stage, written_by
-from burnish.engine.ds_config import deepspeed_config, nvme_folder, swaps_optimizer, swaps_weights, uses_nvme
+from burnish.engine.ds_config import (
+    ModelSizes,
+    deepspeed_config,
+    nvme_folder,
+    swaps_optimizer,
+    swaps_weights,
+    uses_nvme,
+)
 from burnish.engine.ds_nvme import (
     has_swapped_state,
-    largest_weight,
     read_swapped_state,
     remove_swap_files,
-    share_of,
     swappers_of_weights,
     write_swapped_state,
 )
-from burnish.engine.ds_shards import shards_of_zero
+from burnish.engine.ds_shards import shards_of_zero, share_of, sizes_of
 from burnish.engine.ds_workarounds import (
     announce_ranks,
     ask_once,
@@ -131,8 +136,8 @@ def zero3_init_context(config: Config, ranks: Ranks, device: torch.device) -> It
     prepare_deepspeed(ranks, device)
     _check_settings(config)
     largest = largest_parameter(config.model) if swaps_weights(config) else None
-    piece = None if largest is None else share_of(ranks, largest)
-    settings = deepspeed_config(config, on_gpu=device.type == "cuda", largest_piece=piece)
+    sizes = None if largest is None else ModelSizes(largest_share=share_of(ranks, largest))
+    settings = deepspeed_config(config, on_gpu=device.type == "cuda", sizes=sizes)
     # zero.Init makes parameters in this dtype; ours are what the forward runs in.
     kept_alive = HfDeepSpeedConfig({**settings, "train_batch_size": ranks.world_size})
     try:
@@ -182,9 +187,7 @@ class DeepSpeedEngine(Engine):
         self._engine: Any = deepspeed.initialize(
             model=model,
             optimizer=self._optimizer,
-            config=deepspeed_config(
-                config, on_gpu=device.type == "cuda", largest_piece=share_of(ranks, largest_weight(model))
-            ),
+            config=deepspeed_config(config, on_gpu=device.type == "cuda", sizes=sizes_of(model, ranks)),
             dist_init_required=False,
         )[0]
         if isinstance(self._optimizer, MuonAdamW) and self._stage > 0:

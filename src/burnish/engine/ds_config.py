@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,16 @@ SWAP_BUFFERS = 8
 where a module and what is fetched ahead of the next ones come together."""
 
 
-def deepspeed_config(config: Config, *, on_gpu: bool, largest_piece: int | None = None) -> dict[str, Any]:
+@dataclass(frozen=True)
+class ModelSizes:
+    """What DeepSpeed's buffers must hold, in numbers; without a model, as much as is ever useful."""
+
+    trainable: int = BUCKET_ELEMENTS
+    largest_share: int = 100_000_000
+    """A rank's part of the largest weight, which a buffer for weights on NVMe must hold."""
+
+
+def deepspeed_config(config: Config, *, on_gpu: bool, sizes: ModelSizes | None = None) -> dict[str, Any]:
     """The dict for `deepspeed.initialize` that the step recipe needs.
 
     Windows own the accumulation: DeepSpeed sees `gradient_accumulation_steps: 1` and, unmanaged,
@@ -35,8 +45,7 @@ def deepspeed_config(config: Config, *, on_gpu: bool, largest_piece: int | None 
     Args:
         config: The run.
         on_gpu: Pinned memory and overlapped communication exist only there.
-        largest_piece: Numbers in a rank's share of the largest weight, which a buffer for weights on NVMe
-            must hold; None leaves DeepSpeed's own 100 million.
+        sizes: Of the model, where it is known; buffers are then no larger than it needs.
     """
     settings: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": 1,
@@ -44,7 +53,7 @@ def deepspeed_config(config: Config, *, on_gpu: bool, largest_piece: int | None 
         "managed_gradient_accumulation": False,
         # Without ZeRO we clip ourselves, see `DeepSpeedEngine.step`.
         "gradient_clipping": (config.optim.max_grad_norm or 0.0) if config.engine.zero_stage else 0.0,
-        "zero_optimization": _zero_section(config, on_gpu, largest_piece),
+        "zero_optimization": _zero_section(config, on_gpu, sizes or ModelSizes()),
         "zero_allow_untested_optimizer": True,
         # With offload: torch's fused AdamW on the CPU instead of an extension compiled on the spot.
         "zero_force_ds_cpu_optimizer": False,
@@ -96,13 +105,13 @@ def _precision_sections(config: Config) -> dict[str, Any]:
     return {"fp16": {"enabled": True, **scale}, **sums}
 
 
-def _zero_section(config: Config, on_gpu: bool, largest_piece: int | None) -> dict[str, Any]:
+def _zero_section(config: Config, on_gpu: bool, sizes: ModelSizes) -> dict[str, Any]:
     stage = config.engine.zero_stage
     section: dict[str, Any] = {"stage": stage}
     if stage == 0:
         return section
     section |= {
-        "reduce_bucket_size": BUCKET_ELEMENTS,
+        "reduce_bucket_size": min(BUCKET_ELEMENTS, sizes.trainable),
         "overlap_comm": on_gpu,
         "contiguous_gradients": True,
     }
@@ -117,8 +126,8 @@ def _zero_section(config: Config, on_gpu: bool, largest_piece: int | None) -> di
         section["offload_optimizer"] = _offload_section(config, config.engine.offload_optimizer, on_gpu)
     if config.engine.offload_params != "none":
         section["offload_param"] = _offload_section(config, config.engine.offload_params, on_gpu)
-        if swaps_weights(config) and largest_piece is not None:
-            section["offload_param"] |= {"buffer_size": largest_piece, "buffer_count": SWAP_BUFFERS}
+        if swaps_weights(config):
+            section["offload_param"] |= {"buffer_size": sizes.largest_share, "buffer_count": SWAP_BUFFERS}
     return section
 
 

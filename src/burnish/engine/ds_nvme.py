@@ -25,7 +25,6 @@ from torch import nn
 
 from burnish.engine.state_files import copy_exactly, read_tensors, write_tensors
 from burnish.errors import CheckpointError, Problem
-from burnish.runtime import Ranks
 
 _MASTERS = "fp32"
 
@@ -95,17 +94,6 @@ def _swapped_in(zero: Any, number: int, back: bool = False) -> Iterator[None]:
         zero._optimizer_states_and_gradient_swap_out(number)
     elif swapped:
         zero._release_swap_buffers(number)
-
-
-def largest_weight(model: nn.Module) -> int:
-    """Numbers in a model's largest weight."""
-    # A partitioned weight is empty, and knows of its whole by what DeepSpeed hangs on it.
-    return max(getattr(p, "ds_numel", p.numel()) for p in model.parameters())
-
-
-def share_of(ranks: Ranks, num_elements: int) -> int:
-    """A rank's part of a weight, rounded up as ZeRO-3 does."""
-    return -(-num_elements // ranks.world_size)
 
 
 def swappers_of_weights(model: nn.Module) -> set[Any]:

@@ -8,8 +8,25 @@ from typing import Any
 import torch
 from torch import nn
 
+from burnish.engine.ds_config import ModelSizes
 from burnish.engine.muon import Shard
 from burnish.runtime import Ranks
+
+
+def share_of(ranks: Ranks, num_elements: int) -> int:
+    """A rank's part of a weight, rounded up as ZeRO-3 does."""
+    return -(-num_elements // ranks.world_size)
+
+
+def sizes_of(model: nn.Module, ranks: Ranks) -> ModelSizes:
+    """What of a model's sizes matters to DeepSpeed's buffers."""
+
+    def size(parameter: nn.Parameter) -> int:
+        # A partitioned weight is empty, and knows of its whole by what DeepSpeed hangs on it.
+        return getattr(parameter, "ds_numel", parameter.numel())
+
+    trainable = sum(size(p) for p in model.parameters() if p.requires_grad)
+    return ModelSizes(trainable, share_of(ranks, max(size(p) for p in model.parameters())))
 
 
 def shards_of_zero(

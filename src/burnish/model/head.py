@@ -218,6 +218,7 @@ class _SupervisedLoss(torch.autograd.Function):
                     _add(d_weight, gradient.T @ weighted[rows], first=begin == 0)
                 if d_bias is not None:
                     d_bias += (gradient * weights[rows, None]).sum(0)
+                del gradient  # before the next chunk's logits take as much again
         if d_weight is not None and num_targets == 0:
             d_weight.zero_()
         ctx.gradients = (

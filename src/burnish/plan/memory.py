@@ -251,7 +251,8 @@ def _zero_buffers(setup: _Setup) -> tuple[int, int, int]:
     element = 4 if setup.stage == 1 else setup.forward.element
     bucket = min(_BUCKET_ELEMENTS, setup.trainable) * element
     if setup.stage < 3:
-        return bucket, 0, 0
+        # Beside a GPU one is filled while the other is on its way.
+        return bucket if setup.forward.on_cpu else 2 * bucket, 0, 0
     whole = setup.trainable * setup.forward.element + (setup.frozen - setup.quantized) * setup.frozen_bytes
     gathered = min(whole, _LIVE_ELEMENTS * setup.forward.element) if setup.ranks > 1 else 0
     share = min(setup.shard(setup.trainable, 3), _LIVE_ELEMENTS)
