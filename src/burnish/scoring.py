@@ -14,15 +14,15 @@ from burnish.records import EvalStats, Vocabulary
 
 
 def score(target: Sequence[str], data: Sequence[str], as_json: bool) -> str:
-    """Evaluate a config's result, or a model folder, and say how.
+    """Evaluate a config's result, or a model folder, and say which model that was and how it did.
 
     Args:
         target: A config file or a model (folder or hub name), then dotted flags.
         data: Files to evaluate on; none for the config's `data.eval`.
-        as_json: One line as in metrics.jsonl.
+        as_json: One line as in metrics.jsonl, and `model`.
 
     Raises:
-        ConfigError: There is nothing to evaluate on.
+        ConfigError: The config has no result yet, or there is nothing to evaluate on.
     """
     from burnish.metrics.lines import eval_line, to_json
 
@@ -30,8 +30,8 @@ def score(target: Sequence[str], data: Sequence[str], as_json: bool) -> str:
         config = _config(target, data, scratch)
         stats = evaluate_model(config)
     if as_json:
-        return to_json(eval_line(stats))
-    lines = [f"{'source':<32} {'loss':>10} {'perplexity':>12} {'tokens':>12}"]
+        return to_json({**eval_line(stats), "model": config.model.path})
+    lines = [f"model: {config.model.path}", f"{'source':<32} {'loss':>10} {'perplexity':>12} {'tokens':>12}"]
     for name, numbers in stats.sources.items():
         lines.append(_line(name, numbers))
     if len(stats.sources) > 1:
@@ -103,13 +103,13 @@ def _config(target: Sequence[str], data: Sequence[str], scratch: str) -> Config:
             Problem("CONFIG or MODEL", "is missing", "burnish eval runs/first/final --data d.jsonl")
         )
     first, flags = target[0], list(target[1:])
-    is_file = Path(first).is_file()
+    is_file = Path(first).is_file() or _is_missing_config(Path(first))
     base = load_config(Path(first), flags) if is_file else _config_of_model(first, flags, data, scratch)
     sources = base.data.train if not is_file else _eval_sources(base, data)
     model = base.model
-    final = Path(base.output_dir) / "final"
-    if is_file and final.is_dir():
-        model = model.model_copy(update={"path": str(final), "tokenizer": None, "init": "pretrained"})
+    if is_file:
+        result = {"path": str(_result_of(base, first)), "tokenizer": None, "init": "pretrained"}
+        model = model.model_copy(update=result)
     changed = {
         "model": model,
         "adapter": None,
@@ -119,6 +119,21 @@ def _config(target: Sequence[str], data: Sequence[str], scratch: str) -> Config:
         "engine": base.engine.model_copy(update={"kind": "local", "sequence_parallel": 1}),
     }
     return base.model_copy(update=changed)
+
+
+def _is_missing_config(path: Path) -> bool:
+    """Whether it can only be a config whose name is wrong: `load_config` knows what to say of it."""
+    return path.suffix in (".yaml", ".yml", ".json") and not path.exists()
+
+
+def _result_of(config: Config, file: str) -> Path:
+    """The config's `final/`. Its starting model is no stand-in: the numbers of a model that was not
+    trained would look like a result."""
+    final = Path(config.output_dir) / "final"
+    if not final.is_dir():
+        cure = f"Train first: burnish train {file}; or name a model: burnish eval MODEL --data FILE."
+        raise ConfigError(Problem("output_dir", f"there is no result in it, no folder {final}", cure))
+    return final
 
 
 def _config_of_model(path: str, flags: list[str], data: Sequence[str], scratch: str) -> Config:

@@ -1,0 +1,40 @@
+"""`burnish eval` measures what was trained, on what it was not trained on, or says why it cannot."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from burnish.config.load import load_config
+from burnish.errors import ConfigError
+from burnish.run import train
+from burnish.scoring import score
+from cluster.tiny_job import write_tiny_job
+
+
+@pytest.fixture(scope="module")
+def job(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The config of a run that is done; it held out a quarter of its rows."""
+    path = write_tiny_job(tmp_path_factory.mktemp("job"))
+    text = path.read_text().replace("chat_template", "eval_fraction: 0.25\n  chat_template")
+    path.write_text(text)
+    train(load_config(path, []))
+    return path
+
+
+def test_a_config_without_a_result_is_refused_and_never_its_starting_model(job: Path) -> None:
+    data = [str(job.parent / "train.jsonl")]
+    with pytest.raises(ConfigError) as caught:
+        score([str(job), "--output_dir", str(job.parent / "mistyped")], data, False)
+    message = str(caught.value)
+    assert caught.value.exit_code == 2 and str(job.parent / "mistyped" / "final") in message
+    assert f"burnish train {job}" in message and "burnish eval MODEL --data FILE" in message
+
+
+def test_the_output_names_the_model_that_was_evaluated(job: Path) -> None:
+    data = [str(job.parent / "train.jsonl")]
+    final = str(job.parent / "run" / "final")
+    assert score([str(job)], data, False).splitlines()[0] == f"model: {final}"
+    assert json.loads(score([final], data, True))["model"] == final
