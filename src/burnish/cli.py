@@ -216,7 +216,7 @@ def evaluate(*target: Flags, data: list[str] | None = None, as_json: AsJson = Fa
     Parameters
     ----------
     data:
-        Files to evaluate on; a CONFIG's `data.eval` unless given.
+        Files to evaluate on; unless given, what a CONFIG's training evaluates on.
     as_json:
         Print one line like metrics.jsonl's.
     """

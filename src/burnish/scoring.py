@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+import json
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from burnish.config.load import load_config
 from burnish.config.schema import Config
 from burnish.errors import ConfigError, Problem
 from burnish.records import EvalStats, Vocabulary
+from burnish.runtime import log
+
+if TYPE_CHECKING:
+    from burnish.data.prepare import PreparedData
+    from burnish.data.store import ExampleStore
+
+_EVERY_ROW = {"eval": None, "eval_fraction": 0.0, "mix": "concat"}
+"""Keys of `data` with which every row of `data.train` is evaluated, and none held out."""
 
 
 def score(target: Sequence[str], data: Sequence[str], as_json: bool) -> str:
@@ -18,7 +27,8 @@ def score(target: Sequence[str], data: Sequence[str], as_json: bool) -> str:
 
     Args:
         target: A config file or a model (folder or hub name), then dotted flags.
-        data: Files to evaluate on; none for the config's `data.eval`.
+        data: Files to evaluate on; none for what the config's training evaluates on: `data.eval`, or the
+            rows that `data.eval_fraction` holds out.
         as_json: One line as in metrics.jsonl, and `model`.
 
     Raises:
@@ -45,7 +55,12 @@ def score(target: Sequence[str], data: Sequence[str], as_json: bool) -> str:
 
 
 def evaluate_model(config: Config) -> EvalStats:
-    """Token-weighted loss of `model.path` (a model or an adapter) on `data.train`'s examples."""
+    """Token-weighted loss of `model.path` (a model or an adapter) on the examples that the config holds
+    out, or on all of `data.train`'s where it holds out none.
+
+    Raises:
+        ConfigError: `data.eval_fraction` is set, but there are too few rows to hold one out.
+    """
     from burnish.data.prepare import prepare
     from burnish.data.tokenizer import load_tokenizer, vocabulary_of
     from burnish.data.vocabulary import require_rows
@@ -60,7 +75,7 @@ def evaluate_model(config: Config) -> EvalStats:
     ranks = Ranks(0, 0, 1)
     device = pick_device(ranks)
     tokenizer, template = load_tokenizer(config.model, config.data)
-    store = prepare(config, tokenizer, template).train
+    store = _evaluated(config, prepare(config, tokenizer, template))
     vocabulary = vocabulary_of(tokenizer, config.model)
     model = _load(config, vocabulary)
     require_rows(tokenizer, _num_rows(model), [store])
@@ -70,6 +85,32 @@ def evaluate_model(config: Config) -> EvalStats:
     cuts = eval_cuts(store, config.batch, 1, capability.packed)
     pad: Any = tokenizer.pad_token_id
     return evaluate(scorer, store, cuts, ranks, step=0, packed=capability.packed, pad_token_id=pad or 0)
+
+
+def _evaluated(config: Config, data: PreparedData) -> ExampleStore:
+    """The examples to evaluate on; a warning where training may have seen some of them."""
+    if config.data.eval_fraction == 0.0:
+        return data.train
+    if data.eval is None:
+        cure = "Give --data FILE, or set data.eval."
+        raise ConfigError(Problem("data.eval_fraction", "holds out nothing: there is one example", cure))
+    if data.fingerprint != _trained_on(config):
+        log.warning(
+            "The data, or a key that decides what becomes of it, is not as it was when %s was trained: "
+            "some of the rows held out now may have been trained on.",
+            config.model.path,
+        )
+    return data.eval
+
+
+def _trained_on(config: Config) -> str | None:
+    """The fingerprint of the data that the run in `output_dir` was trained on, if it left one."""
+    from burnish.data.stamp import REPORT_FILE
+
+    try:
+        return json.loads((Path(config.output_dir) / REPORT_FILE).read_text("utf-8"))["fingerprint"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def _num_rows(model: Any) -> int:
@@ -97,7 +138,7 @@ def _load(config: Config, vocabulary: Vocabulary) -> Any:
 
 
 def _config(target: Sequence[str], data: Sequence[str], scratch: str) -> Config:
-    """One process, `data.train` holding what is evaluated, every row of it."""
+    """One process; `data.train` holds what is evaluated, every row of it, or what rows are held out of."""
     if not target or target[0].startswith("-"):
         raise ConfigError(
             Problem("CONFIG or MODEL", "is missing", "burnish eval runs/first/final --data d.jsonl")
@@ -105,7 +146,6 @@ def _config(target: Sequence[str], data: Sequence[str], scratch: str) -> Config:
     first, flags = target[0], list(target[1:])
     is_file = Path(first).is_file() or _is_missing_config(Path(first))
     base = load_config(Path(first), flags) if is_file else _config_of_model(first, flags, data, scratch)
-    sources = base.data.train if not is_file else _eval_sources(base, data)
     model = base.model
     if is_file:
         result = {"path": str(_result_of(base, first)), "tokenizer": None, "init": "pretrained"}
@@ -113,9 +153,9 @@ def _config(target: Sequence[str], data: Sequence[str], scratch: str) -> Config:
     changed = {
         "model": model,
         "adapter": None,
-        "data": base.data.model_copy(
-            update={"train": sources, "eval": None, "eval_fraction": 0.0, "mix": "concat"}
-        ),
+        "data": base.data.model_copy(update=_eval_data(base, data) if is_file else _EVERY_ROW),
+        # A template that stamps dates goes on with that of the run, however it was begun.
+        "checkpoint": base.checkpoint.model_copy(update={"resume": "auto"}),
         "engine": base.engine.model_copy(update={"kind": "local", "sequence_parallel": 1}),
     }
     return base.model_copy(update=changed)
@@ -146,15 +186,18 @@ def _config_of_model(path: str, flags: list[str], data: Sequence[str], scratch: 
     return config.model_copy(update={"model": config.model.model_copy(update={"path": path})})
 
 
-def _eval_sources(config: Config, data: Sequence[str]) -> Any:
+def _eval_data(config: Config, data: Sequence[str]) -> dict[str, Any]:
+    """Keys of `data` with which the config's evaluation data is prepared."""
     from burnish.config.schema import SourceConfig
 
     if data:
-        return tuple(SourceConfig(path=path) for path in data)
-    if config.data.eval is None:
-        cure = "Give --data FILE, or set data.eval."
-        raise ConfigError(Problem("data.eval", "is not set", cure))
-    return config.data.eval
+        return {**_EVERY_ROW, "train": tuple(SourceConfig(path=path) for path in data)}
+    if config.data.eval is not None:
+        return {**_EVERY_ROW, "train": config.data.eval}
+    if config.data.eval_fraction > 0:
+        return {}  # as training prepares it, so that the split is training's
+    cure = "Give --data FILE, or set data.eval or data.eval_fraction as they were in training."
+    raise ConfigError(Problem("data.eval", "is not set, and data.eval_fraction neither", cure))
 
 
 def _line(name: str, numbers: Any) -> str:

@@ -38,3 +38,22 @@ def test_the_output_names_the_model_that_was_evaluated(job: Path) -> None:
     final = str(job.parent / "run" / "final")
     assert score([str(job)], data, False).splitlines()[0] == f"model: {final}"
     assert json.loads(score([final], data, True))["model"] == final
+
+
+def test_the_rows_that_training_held_out_are_evaluated_as_training_did(
+    job: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    metrics = (job.parent / "run" / "metrics.jsonl").read_text().splitlines()
+    last = [line for line in map(json.loads, metrics) if line["kind"] == "eval"][-1]
+    found = json.loads(score([str(job)], [], True))
+    assert found["loss"] == pytest.approx(last["loss"], rel=1e-6)
+    assert found["num_supervised_tokens"] == last["num_supervised_tokens"] > 0
+    assert not caplog.records
+    score([str(job), "--data.eval_fraction", "0.5"], [], True)
+    assert "may have been trained on" in caplog.text
+
+
+def test_without_evaluation_data_the_message_names_both_keys(job: Path) -> None:
+    with pytest.raises(ConfigError, match=r"data\.eval_fraction") as caught:
+        score([str(job), "--data.eval_fraction", "0"], [], True)
+    assert "--data FILE" in str(caught.value)
