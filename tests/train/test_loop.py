@@ -131,6 +131,12 @@ def test_no_checkpoint_of_a_skipped_step(tmp_path: Path) -> None:
         train(job)
     assert caught.value.exit_code == 5
     assert committed_paths(tmp_path)[0] == checkpoint_path(tmp_path, 2)
+    skipped = [event for event in summary(job)["events"] if event["kind"] == "skipped"]
+    assert [event["step"] for event in skipped] == [3, 4, 5]
+    for event in skipped:  # as `burnish view --source --row` takes them
+        examples = [job.feed.store[i] for i in event["example_ids"]]
+        assert event["examples"] == [{"source": e.source, "row": e.row} for e in examples] != []
+    assert "--row" in str(caught.value) and "metrics.jsonl" in str(caught.value)
 
 
 def test_second_signal_acts_as_without_us() -> None:

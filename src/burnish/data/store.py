@@ -342,6 +342,10 @@ class ExampleStore:
         """`file:line` of the row that example `number` came from."""
         return self._parts[int(self.source_ids[number])].row(int(self._numbers[number]))
 
+    def origin(self, number: int) -> dict[str, str]:
+        """`source` and `row` of example `number`, as `burnish view --source --row` takes them."""
+        return {"source": self.source_names[int(self.source_ids[number])], "row": self.place(number)}
+
     def _column(self, name: str, kind: type) -> Any:
         values = np.empty(len(self._numbers), kind)
         for which, part in enumerate(self._parts):

@@ -314,6 +314,7 @@ def _record_skip(job: TrainJob, keeper: _Keeper, state: TrainState, stats: StepS
         "grad_norm": stats.grad_norm,
         "num_skipped_in_a_row": state.num_skipped_in_a_row,
         "example_ids": list(stats.example_ids),
+        "examples": [job.feed.store.origin(i) for i in stats.example_ids],
     }
     job.recorder.event(event)
     limit = job.config.train.max_skipped_steps
@@ -326,8 +327,8 @@ def _record_skip(job: TrainJob, keeper: _Keeper, state: TrainState, stats: StepS
         Problem(
             f"step {stats.step}",
             f"{limit} steps in a row had gradients that are not finite",
-            f"The state from before them is in {path}; their example numbers are in metrics.jsonl. "
-            "Look at those examples, lower optim.lr, or use model.dtype: bf16 instead of fp16.",
+            f"The state from before them is in {path}; their rows are in metrics.jsonl, kind: skipped. Look at "
+            "them (view CONFIG --source S --row R), lower optim.lr, or use model.dtype: bf16, not fp16.",
         )
     )
 
