@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import get_args
 
@@ -19,6 +19,7 @@ from burnish.checkpoint.resume import find_checkpoint, load_checkpoint
 from burnish.checkpoint.retention import list_checkpoints, prune, prune_verified
 from burnish.config.schema import Config, ResumableChange
 from burnish.engine.base import Engine, StepResult
+from burnish.engine.state_files import write_tensors
 from burnish.errors import CheckpointError
 from burnish.records import MicroBatch, TrainState
 from burnish.runtime import Ranks
@@ -227,6 +228,24 @@ def test_file_that_no_rank_claims_fails_the_save(tmp_path: Path) -> None:
 
     with pytest.raises(CheckpointError, match=r"again\.json"):
         save_checkpoint(Careless(), state_at(1), tmp_path, ALONE)
+    assert committed_paths(tmp_path) == []
+
+
+def test_a_full_disk_is_said_by_whoever_writes(tmp_path: Path, small_files: int) -> None:
+    """safetensors and torch.save each have an error of their own, and neither is an OSError."""
+
+    class Large(OneNumber):
+        def __init__(self, write: Callable[[Path, dict[str, torch.Tensor]], None]) -> None:
+            super().__init__()
+            self.write = write
+
+        def save_state(self, folder: Path) -> Sequence[Path]:
+            self.write(folder / "large", {"a": torch.zeros(small_files)})
+            return [folder / "large"]
+
+    for write in (write_tensors, lambda path, tensors: torch.save(tensors, path)):
+        with pytest.raises(CheckpointError, match="could not be written: rank 0: "):
+            save_checkpoint(Large(write), state_at(1), tmp_path, ALONE)
     assert committed_paths(tmp_path) == []
 
 

@@ -193,6 +193,15 @@ def test_a_failed_export_leaves_the_old_one(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["final"]
 
 
+def test_a_full_disk_is_an_error_of_the_machine(tmp_path, small_files):
+    with (
+        pytest.raises(MachineError, match=r"cannot be written: .*too large"),
+        whole_folder(tmp_path / "final") as to,
+    ):
+        save_file({"a": torch.zeros(small_files)}, to / "model.safetensors")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_end_of_turn(tokenizer):
     assert end_of_turn_ids(tokenizer, TEMPLATE) == [4]
     assert end_of_turn_ids(tokenizer, None) == []

@@ -59,8 +59,7 @@ def save_checkpoint(engine: Engine, state: TrainState, run_dir: Path, ranks: Ran
     final = checkpoint_path(run_dir, state.step)
     staging = final.parent / f"{STAGING_PREFIX}{final.name}"
     _agree(lambda: _prepare_staging(staging) if ranks.is_main else None, ranks)
-    files = engine.save_state(staging / ENGINE_FOLDER)
-    entries = _agree(lambda: _seal(files, staging), ranks)
+    entries = _agree(lambda: _seal(_written(engine, staging / ENGINE_FOLDER), staging), ranks)
     random_states = gather_objects(random_state(), ranks)
     rng = {str(rank): value for rank, value in enumerate(random_states)}
     state = replace(state, rng=rng, world_size=ranks.world_size)
@@ -74,6 +73,20 @@ def _prepare_staging(staging: Path) -> None:
     if staging.exists():  # what is left of a save that died
         shutil.rmtree(staging)
     (staging / ENGINE_FOLDER).mkdir(parents=True)
+
+
+def _written(engine: Engine, folder: Path) -> Sequence[Path]:
+    """This rank's files of the engine's state.
+
+    Raises:
+        OSError: They cannot be written; torch.save says that with a RuntimeError from its zip writer.
+    """
+    try:
+        return engine.save_state(folder)
+    except RuntimeError as error:
+        if "inline_container" not in str(error):
+            raise
+        raise OSError(f"{folder}: torch.save could not write all of it ({error})") from error
 
 
 def _seal(files: Sequence[Path], staging: Path) -> list[FileEntry]:

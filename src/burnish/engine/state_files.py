@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -63,14 +64,21 @@ def restore_optimizer_state(
 
 
 def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Write tensors to one safetensors file, which wants each to have memory of its own."""
+    """Write tensors to one safetensors file, which wants each to have memory of its own.
+
+    Raises:
+        OSError: It cannot be written.
+    """
     seen: set[int] = set()
     on_cpu: dict[str, torch.Tensor] = {}
     for name, tensor in tensors.items():
         copied = tensor.cpu().contiguous()
         on_cpu[name] = copied.clone() if copied.data_ptr() in seen else copied
         seen.add(copied.data_ptr())
-    save_file(on_cpu, path)
+    try:
+        save_file(on_cpu, path)
+    except SafetensorError as error:  # a full disk too; it is no OSError, which is what savers expect
+        raise OSError(f"{path}: {error}") from error
 
 
 def read_tensors(path: Path) -> dict[str, torch.Tensor]:

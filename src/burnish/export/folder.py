@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from burnish.durable import fsync_path
 from burnish.errors import MachineError, Problem
@@ -36,7 +36,7 @@ def whole_folder(folder: Path) -> Iterator[Path]:
             folder.rename(old)
         staging.rename(folder)
         shutil.rmtree(old, ignore_errors=True)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:  # what safetensors raises is no OSError, even for a full disk
         cure = "Free disk space, or choose another place."
         raise MachineError(Problem(str(folder), f"cannot be written: {error}", cure)) from error
     finally:
