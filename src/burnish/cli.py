@@ -14,7 +14,7 @@ from cyclopts import App, CycloptsError, Parameter
 
 from burnish import __version__
 from burnish.config.plan_options import PlanOptions
-from burnish.errors import EXIT_CONFIG, EXIT_ENVIRONMENT, BurnishError, ProblemsError
+from burnish.errors import EXIT_CONFIG, EXIT_ENVIRONMENT, BurnishError, ProblemsError, machine_limits
 from burnish.jobs.options import JobOptions
 from burnish.rendezvous import without_launcher_flags
 
@@ -359,7 +359,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
             _say(all_keys_text())
             return
-        app(tokens, exit_on_error=False, print_error=False)
+        with machine_limits(tokens[0] if tokens else ""):
+            app(tokens, exit_on_error=False, print_error=False)
     except CycloptsError as error:
         _fail(str(error).strip(), EXIT_CONFIG)
     except BurnishError as error:

@@ -1,11 +1,16 @@
 """Errors that are the user's to mend: one clear message, a documented exit code, no traceback.
 
-Everything in Burnish may import this module; it imports nothing.
+Everything in Burnish may import this module; it imports nothing of it, and nothing heavy.
 """
 
 from __future__ import annotations
 
+import errno
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 EXIT_DONE = 0
 EXIT_CONFIG = 2
@@ -84,3 +89,62 @@ class InterruptedRunError(ProblemsError):
     """A signal asked the run to stop; it saved a checkpoint and stopped."""
 
     exit_code = EXIT_SIGNAL
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """What fails in the block is that `path`, which the user has named, cannot be written.
+
+    Raises:
+        MachineError: With the path and the system's reason.
+    """
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or str(error)
+        cure = "Choose another place, or free disk space."
+        raise MachineError(Problem(str(path), f"cannot be written: {reason}", cure)) from error
+
+
+@contextmanager
+def machine_limits(verb: str) -> Iterator[None]:
+    """Memory or disk that runs out anywhere in the block is no bug: an error of the machine, with a cure.
+
+    Imports nothing: torch's own errors are only looked for where torch has been loaded.
+
+    Args:
+        verb: What was running; the keys that save memory are those of `train`.
+
+    Raises:
+        MachineError: No memory on the GPU or the host, or no disk space.
+    """
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not _is_out_of_memory(error):
+            raise
+        what = str(error).strip().splitlines()[0] if str(error).strip() else "the host has no more"
+        raise MachineError(Problem("out of memory", what, _more_memory(verb))) from error
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS):
+            raise
+        where = str(error.filename or "disk")
+        cure = "Free disk space, or choose another place."
+        raise MachineError(Problem(where, f"cannot be written: {error.strerror}", cure)) from error
+
+
+def _is_out_of_memory(error: MemoryError | RuntimeError) -> bool:
+    torch = sys.modules.get("torch")
+    if isinstance(error, MemoryError) or (torch is not None and isinstance(error, torch.OutOfMemoryError)):
+        return True
+    # torch's CPU allocator has no error class of its own.
+    return "DefaultCPUAllocator" in str(error) and "memory" in str(error)
+
+
+def _more_memory(verb: str) -> str:
+    if verb in ("chat", "merge", "view", "check"):
+        return "Free memory, or use a machine or GPU with more of it."
+    return (
+        "Set batch.micro_tokens lower, or model.activation_checkpointing: full. "
+        "`burnish plan CONFIG --gpu-memory 80GB` tells what fits."
+    )

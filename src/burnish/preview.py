@@ -57,7 +57,7 @@ def plan_run(config: Config, options: PlanOptions = HERE) -> Plan:
         options: On what machine; time and fit are told only where its GPU is given.
 
     Raises:
-        ConfigError: The GPU is not known, or mfu is no share.
+        ConfigError: The GPU is not known, there is none, or mfu is no share.
         DataError: What `train` would raise.
     """
     from burnish.data.count import count_windows
@@ -69,7 +69,7 @@ def plan_run(config: Config, options: PlanOptions = HERE) -> Plan:
     from burnish.launch import num_workers
 
     device = _device(options)
-    world_size = options.gpus or num_workers(config.launch)
+    world_size = num_workers(config.launch) if options.gpus is None else options.gpus
     tokenizer, template = load_tokenizer(config.model, config.data)
     shape = _grown_shape(config, tokenizer)
     data = prepare(config, tokenizer, template)
@@ -162,6 +162,8 @@ def _device(options: PlanOptions) -> Device | None:
     text = options.gpu_memory
     if not 0 < options.mfu <= 1:
         raise ConfigError(Problem("--mfu", f"is {options.mfu}", "Give a share of the peak, such as 0.4."))
+    if options.gpus is not None and options.gpus < 1:
+        raise ConfigError(Problem("--gpus", f"is {options.gpus}", "Give at least 1, or leave it out."))
     if text is None:
         return None
     known = find_device(text)

@@ -10,7 +10,7 @@ from pathlib import Path
 from burnish.config.check import check_config
 from burnish.config.schema import Config, SourceConfig
 from burnish.config.yaml_text import write_yaml
-from burnish.errors import ConfigError, DataError, Problem
+from burnish.errors import ConfigError, DataError, Problem, writing
 
 PEEK_ROWS = 200
 _CHARS_PER_TOKEN = 3.5
@@ -24,10 +24,13 @@ def write_config(data: Sequence[str], model: str, out: Path, force: bool) -> Ite
     Raises:
         ConfigError: No data was named, it is not there, or `out` exists.
         DataError: Its format cannot be told.
+        MachineError: `out` cannot be written.
     """
     if not data:
         raise ConfigError(Problem("DATA", "is missing", "burnish init train.jsonl --model MODEL"))
-    if out.exists() and not force:
+    with writing(out):
+        is_there = out.exists()  # a folder that may not be searched raises too
+    if is_there and not force:
         raise ConfigError(Problem(str(out), "is there already", "Give --out another name, or --force."))
     longest = 0
     for path in data:
@@ -36,8 +39,9 @@ def write_config(data: Sequence[str], model: str, out: Path, force: bool) -> Ite
         yield f"{path}: {found}"
     max_tokens = _room_for(longest)
     text = _text(data, model, max_tokens, Path("runs") / out.stem)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(text, encoding="utf-8")
+    with writing(out):
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(text, encoding="utf-8")
     yield f"Wrote {out}. Next:"
     if model == "MODEL":
         yield f"  set model.path in {out}"

@@ -46,16 +46,28 @@ class Speaker:
         self._model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
 
     def answer(self, conversations: Sequence[Sequence[dict[str, str]]]) -> list[str]:
-        """The likeliest answer to each conversation, all in one padded batch."""
-        import torch
+        """The likeliest answer to each conversation, all in one padded batch.
 
-        inputs = self._tokenizer.apply_chat_template(
-            [list(turns) for turns in conversations],
-            add_generation_prompt=True,
-            padding=True,
-            return_tensors="pt",
-            return_dict=True,
-        ).to(self._model.device)
+        Raises:
+            ConfigError: The chat template refuses a conversation: a system message, for one.
+        """
+        import torch
+        from jinja2 import TemplateError
+
+        try:
+            inputs = self._tokenizer.apply_chat_template(
+                [list(turns) for turns in conversations],
+                add_generation_prompt=True,
+                padding=True,
+                return_tensors="pt",
+                return_dict=True,
+            ).to(self._model.device)
+        except TemplateError as error:
+            has_system = any(turns and turns[0]["role"] == "system" for turns in conversations)
+            cure = "Leave --system out, or say it in the prompt." if has_system else "Look at the template."
+            raise ConfigError(
+                Problem("chat template", f"refuses this conversation: {error}", cure)
+            ) from error
         inputs.pop("token_type_ids", None)
         with torch.no_grad():
             out = self._model.generate(**inputs, max_new_tokens=self._max_tokens, do_sample=False)
@@ -67,7 +79,7 @@ def talk(path: str, prompt: str | None, system: str | None, max_tokens: int) -> 
     """Answer one prompt, or keep a conversation going until the input ends.
 
     Raises:
-        ConfigError: The model cannot be loaded.
+        ConfigError: The model cannot be loaded, or its template refuses the conversation.
     """
     speaker = Speaker(path, max_tokens)
     turns = [] if system is None else [{"role": "system", "content": system}]

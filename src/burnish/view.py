@@ -27,7 +27,7 @@ from burnish.data.stamp import date_of_run
 from burnish.data.texts import Mender
 from burnish.data.tokenizer import load_tokenizer
 from burnish.data.windows import micro_budget
-from burnish.errors import ConfigError, DataError, Problem
+from burnish.errors import ConfigError, DataError, Problem, writing
 from burnish.plan import CostModel
 from burnish.records import Conversation, Example
 from burnish.report.view import LostRow, View, ViewedExample, json_line
@@ -80,6 +80,7 @@ def view(
     Raises:
         ConfigError: There is no such source or row.
         DataError: No tokenizer, no readable file, or not one example to show.
+        MachineError: The page cannot be written.
     """
     if num_examples is None:
         num_examples = NUM_EXAMPLES if html is None else NUM_EXAMPLES_PAGE
@@ -89,8 +90,10 @@ def view(
     if html is not None:
         from burnish.report.view_html import page
 
-        html.parent.mkdir(parents=True, exist_ok=True)
-        html.write_text(page(gathered), encoding="utf-8")
+        text = page(gathered)
+        with writing(html):
+            html.parent.mkdir(parents=True, exist_ok=True)
+            html.write_text(text, encoding="utf-8")
     if as_json:
         for example in gathered.examples:
             console.file.write(json_line(example) + "\n")

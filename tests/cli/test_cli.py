@@ -112,6 +112,7 @@ def test_schema_is_json(capsys):
         (["init", "no.jsonl"], 2, "no file"),
         (["eval"], 2, "is missing"),
         (["eval", "some/model"], 2, "--data"),
+        (["eval", "no.yaml", "--data", "d.jsonl"], 2, "no such file"),
     ],
 )
 def test_user_errors_are_one_message(argv, code, message, capsys):
@@ -150,3 +151,101 @@ def test_no_checkpoints_is_no_error(capsys):
     except SystemExit as done:
         assert not done.code
     assert "no checkpoints" in capsys.readouterr().out
+
+
+def test_eval_of_a_misspelt_config_names_the_right_one(capsys):
+    Path("sft.yaml").write_text("output_dir: a\n")
+    code, text = fails(capsys, "eval", "sftt.yaml", "--data", "d.jsonl")
+    assert (code, "Did you mean sft.yaml?" in text) == (2, True), text
+
+
+def test_what_cannot_be_written_is_one_message_and_exit_code_4(capsys):
+    Path("file").write_text("")
+    Path("data.jsonl").write_text('{"text": "a"}\n')
+    Path("model").mkdir()
+    Path("model/config.json").write_text("{}")
+    Path("sft.yaml").write_text("{model: {path: model}, data: {train: data.jsonl}, output_dir: run}\n")
+    Path("run").mkdir()
+    Path("run/metrics.jsonl").write_text("")
+    for argv in (
+        ["init", "data.jsonl", "--out", "file/sft.yaml"],
+        ["init", "data.jsonl", "--force", "--out", "model"],
+        ["launch", "slurm", "sft.yaml", "--out", "file/job"],
+        ["launch", "slurm", "sft.yaml", "--out", "model"],
+        ["report", "run", "--out", "file/page.html"],
+        ["report", "run", "--out", "model"],
+    ):
+        code, text = fails(capsys, *argv)
+        assert (code, f"{argv[-1]}: cannot be written: " in text) == (4, True), text
+    assert [path.name for path in Path().glob(".*")] == []  # no staged page is left
+
+
+@pytest.mark.parametrize("verb", ["train", "chat"])
+def test_running_out_of_memory_is_the_machine_and_has_a_cure(verb, capsys, monkeypatch):
+    """torch's own errors: a real one of the CPU's allocator, and the class of the GPU's."""
+    import torch
+
+    from burnish import cli
+
+    def too_much() -> None:
+        torch.empty(2**52, dtype=torch.uint8)
+
+    def too_much_for_a_gpu() -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 8 GiB.")
+
+    def too_much_for_python() -> None:
+        raise MemoryError
+
+    cure = "batch.micro_tokens" if verb == "train" else "more of it"
+    for run in (too_much, too_much_for_a_gpu, too_much_for_python):
+        monkeypatch.setattr(cli, "app", lambda *_, run=run, **__: run())
+        code, text = fails(capsys, verb)
+        assert (code, "out of memory: " in text, cure in text) == (4, True, True), text
+
+
+def test_other_errors_stay_errors(monkeypatch):
+    from burnish import cli
+
+    def broken(*_: object, **__: object) -> None:
+        raise RuntimeError("The size of tensor a must match")
+
+    monkeypatch.setattr(cli, "app", broken)
+    with pytest.raises(RuntimeError, match="must match"):
+        main(["train"])
+
+
+def test_a_full_disk_anywhere_is_the_machine(capsys, monkeypatch):
+    """As where metrics are written: /dev/full says ENOSPC."""
+    from burnish import cli
+
+    monkeypatch.setattr(cli, "app", lambda *_, **__: Path("/dev/full").write_text("a"))
+    code, text = fails(capsys, "train")
+    assert (code, "No space left" in text) == (4, True), text
+
+
+@pytest.mark.parametrize(
+    ("flags", "option"),
+    [(["--gpus", "0"], "--gpus"), (["--gpus=-1"], "--gpus"), (["--mfu", "0"], "--mfu")],
+)
+def test_a_plan_for_no_gpus_is_refused(flags, option, capsys):
+    Path("data.jsonl").write_text('{"text": "a"}\n')
+    config = ["--model.path", "some/model", "--data.train", "data.jsonl", "--output_dir", "run"]
+    code, text = fails(capsys, "plan", *config, *flags)
+    assert (code, text.startswith(f"burnish: {option}: is ")) == (2, True), text
+
+
+def test_a_template_that_refuses_a_system_message_is_said_with_a_cure():
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    from burnish.errors import ConfigError
+    from burnish.talk import Speaker
+
+    speaker = Speaker.__new__(Speaker)  # without a model: it is never asked
+    refusing = "{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
+    speaker._tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(models.BPE()), chat_template=refusing
+    )
+    turns = [{"role": "system", "content": "a"}, {"role": "user", "content": "b"}]
+    with pytest.raises(ConfigError, match=r"no system role\n.*Leave --system out"):
+        speaker.answer([turns])

@@ -48,3 +48,8 @@ def test_a_page(config_file, tmp_path, capsys):
 def test_a_wrong_source_is_one_message_and_exit_code_2(config_file, capsys):
     assert run(config_file, "--source", "b") == 2
     assert re.search(r"no source 'b'", capsys.readouterr().err)
+
+
+def test_a_page_that_cannot_be_written_is_exit_code_4(config_file, capsys):
+    assert run(config_file, "--html", config_file / "view.html") == 4
+    assert "view.html: cannot be written: " in capsys.readouterr().err

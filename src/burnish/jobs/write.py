@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from burnish.config.load import dump_config, load_config
-from burnish.errors import ConfigError, Problem
+from burnish.errors import ConfigError, Problem, writing
 from burnish.jobs.kubernetes import train_job
 from burnish.jobs.options import Job, JobKind, JobOptions, job_name
 from burnish.jobs.skypilot import sky_task
@@ -41,14 +41,18 @@ def write_job(
 
     Raises:
         ConfigError: The config or the options cannot be right, or the file is there already.
+        MachineError: The file cannot be written.
     """
     if not tokens or tokens[0].startswith("-"):
         cure = "burnish launch slurm sft.yaml; burnish init DATA writes a config."
         raise ConfigError(Problem("CONFIG", "a job needs a config file", cure))
     path, text = job_file(kind, Path(tokens[0]), tokens[1:], options, out)
-    if path.exists() and path.read_text() != text:
+    with writing(path):
+        is_another = path.exists() and path.read_text() != text
+        if not is_another:
+            path.write_text(text)
+    if is_another:
         raise ConfigError(Problem("--out", f"{path} is there already", "Give another --out, or remove it."))
-    path.write_text(text)
     return [f"Wrote {path}. Look it over, then: {_SUBMIT[kind]} {path}"]
 
 

@@ -16,7 +16,7 @@ from typing import Any
 import jinja2
 
 from burnish import __version__
-from burnish.errors import ConfigError, Problem
+from burnish.errors import ConfigError, Problem, writing
 
 WIDTH, HEIGHT, MARGIN = 640, 220, 46
 NUM_POINTS = 600
@@ -55,6 +55,7 @@ def write_report(run: Path, out: Path | None = None, answers: Sequence[Mapping[s
 
     Raises:
         ConfigError: The folder is no run.
+        MachineError: The page cannot be written.
     """
     if not (run / "metrics.jsonl").is_file():
         cure = "Give the output_dir of a run that has begun to train."
@@ -62,10 +63,14 @@ def write_report(run: Path, out: Path | None = None, answers: Sequence[Mapping[s
     metrics = _read_metrics(run / "metrics.jsonl")
     page = _render(run, metrics, answers)
     target = out or run / "report.html"
-    target.parent.mkdir(parents=True, exist_ok=True)
-    staged = target.with_name(f".{target.name}.{os.getpid()}")
-    staged.write_text(page, encoding="utf-8")
-    staged.replace(target)
+    with writing(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        staged = target.with_name(f".{target.name}.{os.getpid()}")
+        try:
+            staged.write_text(page, encoding="utf-8")
+            staged.replace(target)
+        finally:
+            staged.unlink(missing_ok=True)
     return target
 
 
