@@ -167,3 +167,13 @@ def test_weights_need_the_weighted_mix():
 )
 def test_what_is_right_passes(flags):
     load_config(None, BASE + flags.split(" "))
+
+
+def test_home_is_known_in_data_paths(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    Path("train").mkdir()
+    for path in ("~/rows.jsonl", "~/ro*.jsonl", "~/train"):
+        load_config(None, [*BASE, "--data.train", path])
+    for path in ("~/other.jsonl", "~/x*.jsonl", "~nobody-of-this-name/rows.jsonl"):
+        with pytest.raises(ConfigError, match="no file"):
+            load_config(None, [*BASE, "--data.train", path])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -91,7 +92,7 @@ def _check_sources(config: Config) -> Iterator[Problem]:
 
 
 def _check_source(where: str, source: SourceConfig) -> Iterator[Problem]:
-    path = source.path
+    path = os.path.expanduser(source.path)  # noqa: PTH111 - Path's raises where there is no such user
     if not path.strip():
         yield Problem(where, "is an empty path", "Give a file, a folder, a glob or a hub name.")
     elif Path(path).exists():
