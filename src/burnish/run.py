@@ -89,7 +89,6 @@ def train(config: Config) -> RunResult:
     counts = count_windows(windows, data.train)
     plan = make_plan(config, counts, *world, device_type=device.type, choices=choices)
     if ranks.is_main:
-        write_run_files(run_dir, config, plan, data.report)
         log.info("%s\n%s", plan.describe(), capability.reason)
 
     suit_allocator(device, plan.memory.device.total + plan.memory.host_bytes, memory)
@@ -110,10 +109,11 @@ def train(config: Config) -> RunResult:
         recorder=recorder,
         fingerprints=fingerprints(config, serialised(tokenizer), template, data.fingerprint),
         export_best=lambda state: exporter.export(run_dir / "best", state),
+        export_final=lambda state: exporter.export(run_dir / "final", state),
+        on_start=lambda: write_run_files(run_dir, config, plan, data.report, ranks),
     )
     try:
         state = run_loop(job)
     finally:
         recorder.close()
-    exporter.export(run_dir / "final", state)
     return RunResult(run_dir, run_dir / "final", state)

@@ -32,10 +32,12 @@ def folder(tmp_path, monkeypatch):
         ("--engine.kind local --engine.offload_optimizer cpu", "engine.offload_optimizer", "local"),
         ("--engine.offload_optimizer nvme", "engine.offload_optimizer", "needs ZeRO 3"),
         (
-            "--engine.zero_stage 3 --engine.offload_params nvme --model.dtype fp32",
+            "--engine.zero_stage 3 --engine.offload_params nvme --engine.offload_optimizer nvme "
+            "--model.dtype fp32",
             "engine.offload_params",
             "rounds weights to bf16",
         ),
+        ("--engine.zero_stage 3 --engine.offload_params nvme", "engine.offload_params", "which is larger"),
         ("--engine.nvme_path /fast --engine.offload_optimizer cpu", "engine.nvme_path", "nothing is"),
         (
             "--engine.deepspeed.zero_optimization.reduce_bucket_sise 5",

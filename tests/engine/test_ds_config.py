@@ -37,7 +37,7 @@ def test_precision() -> None:
     assert plain["torch_autocast"]["enabled"]
     assert "bf16" not in plain
     fp16 = built({"model.dtype": "fp16"})
-    assert fp16["fp16"]["loss_scale"] == 0
+    assert fp16["fp16"]["loss_scale"] == 2**12
     assert fp16["data_types"] == {"grad_accum_dtype": "fp32"}
     assert built({"model.dtype": "fp16", "engine.zero_stage": 0})["torch_autocast"]["dtype"] == "float16"
 

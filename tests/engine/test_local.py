@@ -158,3 +158,9 @@ def test_auto_engine_and_dtypes() -> None:
     assert parameter_dtype(auto, two) == torch.bfloat16
     lora = toy_config("out", {"model.dtype": "bf16", "adapter": {"kind": "lora", "rank": 2}})
     assert parameter_dtype(lora, ALONE) == torch.bfloat16
+
+
+def test_offloading_on_one_process_means_deepspeed() -> None:
+    """The local engine would leave it out without a word."""
+    offloads = toy_config("out", {"engine.zero_stage": 3, "engine.offload_optimizer": "cpu"})
+    assert engine_kind(offloads, ALONE) == "deepspeed"

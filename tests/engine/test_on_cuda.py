@@ -65,5 +65,5 @@ def test_fp16_lowers_its_scale_after_an_overflow_and_applies_nothing() -> None:
     engine.forward_backward(batch, 1e-12)  # so small a denominator is more than fp16 can hold
     result = engine.step(0.003)
     assert not result.applied and result.may_repeat
-    assert engine._scaler.get_scale() < 2**FIRST_LOSS_SCALE_POWER
+    assert engine._scale.value < 2**FIRST_LOSS_SCALE_POWER
     assert all(torch.equal(tensor, before[name]) for name, tensor in (engine.export_state() or {}).items())

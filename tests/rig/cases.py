@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from safetensors.torch import save_file
@@ -26,7 +28,7 @@ from burnish.records import MicroBatch, StepStats
 from burnish.runtime import Ranks, barrier, sum_over_ranks
 from burnish.train.loop import TrainJob, train
 from rig.grown import grown, sighted
-from rig.half import deepspeed_accepts_fp16, first_scale
+from rig.half import deepspeed_accepts_fp16, restless_scale
 from rig.runs import Memory, make_job, run_case, summary, weights_hash
 from rig.toy import toy_config, toy_llama, toy_model
 
@@ -159,21 +161,29 @@ def signalled(case: Mapping[str, Any], ranks: Ranks, output_dir: Path) -> dict[s
 
 
 def half(case: Mapping[str, Any], ranks: Ranks, output_dir: Path) -> dict[str, Any]:
-    """In fp16, with a first loss scale of two to the `power`; stopped by a signal after `at_step`."""
+    """In fp16; with a `power`, under a `restless_scale`; stopped by a signal after `at_step`."""
     run = signalled if "at_step" in case else plain
-    with deepspeed_accepts_fp16(), first_scale(case.get("power", 12)):
+    with deepspeed_accepts_fp16(), restless_scale(case["power"]) if "power" in case else nullcontext():
         return run({**case, "settings": {**case["settings"], "model.dtype": "fp16"}}, ranks, output_dir)
 
 
 def wide(case: Mapping[str, Any], ranks: Ranks, output_dir: Path) -> dict[str, Any]:
     """Train a toy whose MLP's weights are large enough (over 1 MiB a rank) to be swapped to a disk."""
+    from deepspeed.runtime.swap_tensor.partitioned_param_swapper import AsyncPartitionedParameterSwapper
+
     folder = output_dir.parent / case.get("folder", output_dir.name)
     config = toy_config(folder, case["settings"])
     model = toy_model(config, parameter_dtype(config, ranks), mlp_width=32_768)
-    job = make_job(config, ranks, model=model)
-    if "at_step" in case and ranks.is_main:
-        job = replace(job, recorder=SignallingMemory(at_step=case["at_step"], number=case["signal"]))
-    found = _attempt(job)
+    swap_in = AsyncPartitionedParameterSwapper.swap_in
+    with mock.patch.object(
+        AsyncPartitionedParameterSwapper, "swap_in", autospec=True, side_effect=swap_in
+    ) as reads:
+        job = make_job(config, ranks, model=model)
+        if "at_step" in case and ranks.is_main:
+            job = replace(job, recorder=SignallingMemory(at_step=case["at_step"], number=case["signal"]))
+        before = reads.call_count
+        found = _attempt(job)
+        found["weights_read"] = reads.call_count - before
     files = {path.parent.parent.name: 0 for path in folder.glob(".offload/zero_stage_3/*/rank*/*")}
     for path in folder.glob(".offload/zero_stage_3/*/rank*/*"):
         files[path.parent.parent.name] += path.stat().st_size

@@ -10,11 +10,12 @@ from burnish.engine import ds_config, precision
 
 
 @contextmanager
-def first_scale(power: int) -> Iterator[None]:
-    """While entered, loss scales begin at this power of two."""
+def restless_scale(power: int) -> Iterator[None]:
+    """While entered, loss scales begin at this power of two, and are doubled after every step."""
     with (
         mock.patch.object(ds_config, "FIRST_LOSS_SCALE_POWER", power),
         mock.patch.object(precision, "FIRST_LOSS_SCALE_POWER", power),
+        mock.patch.object(precision, "GROWTH_STEPS", 1),
     ):
         yield
 

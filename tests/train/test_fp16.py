@@ -14,10 +14,11 @@ import torch
 
 from burnish.engine.base import StepResult
 from burnish.engine.local import LocalEngine
+from burnish.engine.precision import GROWTH_STEPS, LossScale
 from burnish.errors import TrainingStoppedError
 from burnish.runtime import Ranks
 from burnish.train.loop import train
-from rig.half import first_scale
+from rig.half import restless_scale
 from rig.runs import Memory, make_job, run_case
 from rig.spawn import run_cases
 from rig.toy import toy_config
@@ -53,6 +54,10 @@ def on_two(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
             f"{name}-stopped": {**saved, "at_step": 3, "signal": int(signal.SIGTERM)},
             f"{name}-went-on": {**saved, "folder": f"{name}-stopped"},
         }
+    for stage in (1, 2, 3):
+        offload = {**STAGES[f"zero{stage}"], "engine.offload_optimizer": "cpu"}
+        # First: stage 0 leaves a global of DeepSpeed's behind.
+        cases = {f"zero{stage}-offloaded-overflow": {"settings": offload, "power": TOO_LARGE}, **cases}
     marked = {name: {"kind": "half", **case} for name, case in cases.items()}
     return run_cases(marked, tmp_path_factory.mktemp("fp16"), 2)
 
@@ -71,9 +76,12 @@ def test_two_ranks_train_as_in_fp32(
     same(on_two[f"{name}-{trained}"], exact[trained])
 
 
-@pytest.mark.parametrize("name", [*STAGES, "local"])
+OFFLOADED = [f"zero{stage}-offloaded" for stage in (1, 2, 3)]
+
+
+@pytest.mark.parametrize("name", [*STAGES, "local", *OFFLOADED])
 def test_overflow_costs_no_example(name: str, on_two: dict[str, Any], exact: dict[str, Any]) -> None:
-    """The first steps overflow until the scale fits; each is computed again, none is left out."""
+    """Every step overflows until the scale fits; each is computed again, none is left out."""
     same(on_two[f"{name}-overflow"], exact["full"])
     assert on_two[f"{name}-overflow"]["example_ids"] == exact["full"]["example_ids"]
 
@@ -87,13 +95,14 @@ def test_the_scale_is_part_of_a_checkpoint(name: str, on_two: dict[str, Any]) ->
 
 
 def test_a_step_is_repeated_until_it_fits(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    with first_scale(TOO_LARGE), caplog.at_level(logging.INFO, logger="burnish"):
+    with restless_scale(TOO_LARGE), caplog.at_level(logging.INFO, logger="burnish"):
         job = make_job(toy_config(tmp_path, {"model.dtype": "fp16"}), ALONE)
         train(job)
     repeats = [record for record in caplog.records if "gradients overflow fp16" in record.message]
     assert isinstance(job.engine, LocalEngine)
-    reached = math.log2(job.engine._scaler.get_scale())
-    assert len(repeats) == TOO_LARGE - reached > 3
+    # Six steps doubled it six times, and each of them overflowed.
+    reached = math.log2(job.engine._scale.value)
+    assert len(repeats) == TOO_LARGE + 6 - reached > 9
     assert isinstance(job.recorder, Memory) and all(s.applied for s in job.recorder.steps)
 
 
@@ -112,3 +121,32 @@ def test_a_loss_that_is_not_finite_is_not_computed_again(tmp_path: Path) -> None
     with mock.patch.object(job.engine, "step", remembered), pytest.raises(TrainingStoppedError):
         train(job)
     assert [(r.applied, r.may_repeat) for r in results] == [(False, True)] * 3
+
+
+def test_a_scale_is_halved_until_it_fits_and_doubled_when_it_has_for_long() -> None:
+    scale = LossScale(enabled=True)
+    first = scale.value
+    assert scale.update(applied=False) and scale.value == first / 2
+    for _ in range(GROWTH_STEPS):
+        assert scale.value == first / 2
+        assert not scale.update(applied=True)
+    assert scale.value == first
+
+
+def test_one_bad_window_halves_the_scale_once() -> None:
+    """And never below 1, however many there are."""
+    scale = LossScale(enabled=True)
+    halvings = math.log2(scale.value)
+    for window in range(1, 20):
+        attempts = 1
+        while scale.update(applied=False):
+            attempts += 1
+        expected = max(0.0, halvings - window)
+        assert (math.log2(scale.value), attempts) == (expected, halvings - min(window, halvings + 1) + 2)
+
+
+def test_a_scale_of_another_dtype_is_not_taken_over() -> None:
+    half, whole = LossScale(enabled=True), LossScale(enabled=False)
+    half.load_state_dict(whole.state_dict())
+    whole.load_state_dict(half.state_dict())
+    assert (half.value, whole.value) == (LossScale(enabled=True).value, 1.0)

@@ -14,8 +14,14 @@ import numpy as np
 import pytest
 
 from burnish.checkpoint.manifest import checkpoint_path, committed_paths
-from burnish.errors import InterruptedRunError, TrainingStoppedError
-from burnish.records import StepStats
+from burnish.errors import (
+    CheckpointError,
+    InterruptedRunError,
+    MachineError,
+    Problem,
+    TrainingStoppedError,
+)
+from burnish.records import StepStats, TrainState
 from burnish.runtime import Ranks
 from burnish.train.loop import train
 from burnish.train.signals import StopRequest
@@ -147,3 +153,33 @@ def test_second_signal_acts_as_without_us() -> None:
         assert stop.received is signal.SIGINT
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_what_cannot_be_exported_is_not_lost(tmp_path: Path) -> None:
+    exported: list[int] = []
+
+    def full_disk(state: TrainState) -> None:
+        raise MachineError(Problem("final", "cannot be written: no space left"))
+
+    config = toy_config(tmp_path, {"checkpoint.resume": "auto"})
+    with pytest.raises(MachineError, match=r"no space left(.|\n)*step-00000006.*holds what was trained"):
+        train(replace(make_job(config, ALONE), export_final=full_disk))
+    again = replace(make_job(config, ALONE), export_final=lambda state: exported.append(state.step))
+    train(again)
+    assert exported == [6]
+    assert summary(again)["losses"] == []
+
+
+def test_a_refused_run_does_not_start(tmp_path: Path) -> None:
+    """What it would write over describes the run that is there."""
+    started: list[bool] = []
+    saved = {"checkpoint.resume": "auto", "checkpoint.every_steps": 3}
+    train(replace(make_job(toy_config(tmp_path, saved), ALONE), on_start=lambda: started.append(True)))
+    other = replace(
+        make_job(toy_config(tmp_path, saved), ALONE),
+        fingerprints={"data": "another", "order": "seed 3"},
+        on_start=lambda: started.append(True),
+    )
+    with pytest.raises(CheckpointError):
+        train(other)
+    assert started == [True]

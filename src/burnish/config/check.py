@@ -162,12 +162,17 @@ def _check_engine(config: Config) -> Iterator[Problem]:
         # Seen with DeepSpeed 0.19.8, which says nothing of it.
         what = "is nvme, where DeepSpeed rounds weights to bf16, but model.dtype is fp32"
         yield Problem("engine.offload_params", what, "Set model.dtype: bf16, or engine.offload_params: cpu.")
+    if engine.offload_params == "nvme" and engine.offload_optimizer != "nvme" and adapter is None:
+        # DeepSpeed cannot load such a checkpoint; masters and moments are six times the weights anyway.
+        what = "is nvme, but the state of the optimizer, which is larger, is not"
+        cure = "Set engine.offload_optimizer: nvme, or engine.offload_params: cpu."
+        yield Problem("engine.offload_params", what, cure)
     if engine.offload_optimizer == "nvme" and engine.zero_stage != 3:
         cure = "Set engine.zero_stage: 3, or engine.offload_optimizer: cpu."
         what = f"is nvme, which needs ZeRO 3, but engine.zero_stage is {engine.zero_stage}"
         yield Problem("engine.offload_optimizer", what, cure)
     if engine.nvme_path is not None and "nvme" not in (engine.offload_optimizer, engine.offload_params):
-        cure = "Set engine.offload_optimizer: nvme, or leave engine.nvme_path out."
+        cure = "Set engine.offload_optimizer or offload_params to nvme, or leave engine.nvme_path out."
         yield Problem("engine.nvme_path", "is set, but nothing is offloaded to nvme", cure)
     if engine.hpz_size > 1 and (engine.zero_stage != 3 or local):
         what = f"is {engine.hpz_size}, but weights are not sharded: it needs DeepSpeed's ZeRO 3"

@@ -212,7 +212,7 @@ class EngineConfig(_Section):
     """Who runs the step."""
 
     kind: Literal["auto", "local", "deepspeed"] = "auto"
-    """auto: local for one process, DeepSpeed for more."""
+    """auto: local for one process, DeepSpeed for more or with offloading."""
     zero_stage: Literal[0, 1, 2, 3] = 2
     """DeepSpeed ZeRO: what is sharded (1 optimizer, 2 gradients too, 3 weights too)."""
     offload_optimizer: Literal["none", "cpu", "nvme"] = "none"

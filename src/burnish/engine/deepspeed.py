@@ -53,24 +53,23 @@ from burnish.engine.ds_shards import shards_of_zero, share_of, sizes_of
 from burnish.engine.ds_workarounds import (
     announce_ranks,
     ask_once,
+    forget_sums,
     groups_kept_apart,
     join_alone,
     keep_gradients_in_memory,
     quieten,
     skip_shm_compile,
-    stay_at_lowest_scale,
     swap_files_left_alone,
 )
 from burnish.engine.gradients import clip_gradients, finite_on_all_ranks, global_grad_norm
 from burnish.engine.muon import MuonAdamW
 from burnish.engine.optimizer import build_optimizer, set_learning_rate
 from burnish.engine.phases import PhaseClock
-from burnish.engine.precision import loss_scaler, update_scale
+from burnish.engine.precision import LossScale
 from burnish.engine.state_files import exported_weights, refuse_empty
 from burnish.errors import CheckpointError, ConfigError, MachineError, Problem
 from burnish.model.foresee import largest_parameter
 from burnish.model.forward import SupervisedModel, to_device
-from burnish.model.load import COMPUTE_DTYPES
 from burnish.model.tiling import tiled_modules
 from burnish.records import MicroBatch
 from burnish.runtime import Ranks, barrier, log
@@ -78,7 +77,7 @@ from burnish.runtime import Ranks, barrier, log
 MODEL_PREFIX = "model."
 """Where `SupervisedModel` holds the Hugging Face model."""
 _LOSS_SCALE = "burnish_loss_scale"
-"""Under which DeepSpeed keeps, at stage 0, what it does not know of."""
+"""Under which DeepSpeed keeps what it does not know of."""
 
 
 def prepare_deepspeed(ranks: Ranks, device: torch.device) -> None:
@@ -192,26 +191,21 @@ class DeepSpeedEngine(Engine):
         )[0]
         if isinstance(self._optimizer, MuonAdamW) and self._stage > 0:
             self._optimizer.locate(shards_of_zero(self._engine.optimizer, groups, self._stage, ranks))
-        self._swaps_optimizer = swaps_optimizer(config)
-        if self._swaps_optimizer:
+        self._uses_nvme = uses_nvme(config)
+        if swaps_optimizer(config):
             keep_gradients_in_memory(self._engine.optimizer.optimizer_swapper)
         if swaps_weights(config):
             for swapper in swappers_of_weights(model):
                 ask_once(swapper)
-        if uses_nvme(config):
+        if self._uses_nvme:
             weakref.finalize(self, remove_swap_files, nvme_folder(config), ranks.rank)
         # Stage 0 is the one case where DeepSpeed applies whatever it is given, NaN included, and
         # measures nothing: there we reduce, look, and clip before we let it step.
         self._max_grad_norm = config.optim.max_grad_norm
-        self._scaler = loss_scaler(device, COMPUTE_DTYPES[config.model.dtype]) if self._stage == 0 else None
+        self._scale = LossScale(config.model.dtype == "fp16")
         if self._stage == 0:
             self._engine.enable_backward_allreduce = False
-            if config.model.dtype == "fp16":
-                self._engine.torch_autocast_z0_gradscaler = self._scaler
-        self._dynamic_scale: Any = None
-        if self._stage > 0 and config.model.dtype == "fp16":
-            self._dynamic_scale = self._engine.optimizer.loss_scaler
-            stay_at_lowest_scale(self._dynamic_scale)
+            self._engine.torch_autocast_z0_gradscaler = None  # ours is in `forward_backward`
 
     @property
     def device(self) -> torch.device:
@@ -223,7 +217,12 @@ class DeepSpeedEngine(Engine):
         with self._clock.phase("forward"):
             nll_sum = self._engine(to_device(micro_batch, self._device))
         with self._clock.phase("backward"):
-            self._engine.backward(nll_sum / total_weight * self._ranks.world_size, scale_wrt_gas=False)
+            loss = nll_sum / total_weight * self._ranks.world_size
+            if self._stage == 0:
+                loss = loss * self._scale.value
+            elif self._engine.fp16_enabled():  # it multiplies by its own, and divides by it in the step
+                self._engine.optimizer.loss_scaler.cur_scale = self._scale.value
+            self._engine.backward(loss, scale_wrt_gas=False)
         return nll_sum.detach()
 
     def step(self, lr: float) -> StepResult:
@@ -236,31 +235,28 @@ class DeepSpeedEngine(Engine):
         )
 
     def _step_of_deepspeed(self) -> StepResult:
-        before = self._loss_scale()
         self._engine.step()
         applied = bool(self._engine.was_step_applied())
         # After gradients that are not finite, DeepSpeed still has the norm of the step before.
         norm = self._engine.get_global_grad_norm() if applied else None
-        lowered = self._loss_scale() < before
-        return StepResult(None if norm is None else float(norm), applied, may_repeat=lowered)
-
-    def _loss_scale(self) -> float:
-        """ZeRO's, which only fp16 has."""
-        return 1.0 if self._dynamic_scale is None else float(self._dynamic_scale.loss_scale)
+        if not applied and self._stage < 3:
+            forget_sums(self._engine.optimizer)
+        return StepResult(
+            None if norm is None else float(norm), applied, may_repeat=self._scale.update(applied)
+        )
 
     def _step_after_looking(self) -> StepResult:
-        assert self._scaler is not None
         self._engine.buffered_allreduce_fallback()
-        self._scaler.unscale_(self._optimizer)
         parameters = [p for p in self._engine.module.parameters() if p.requires_grad]
+        self._scale.unscale(parameters)
         norm = global_grad_norm(parameters)
         applied = finite_on_all_ranks(norm, self._ranks)
         if applied:
             clip_gradients(parameters, norm, self._max_grad_norm)
-            self._engine.step()  # updates the scale too
-            return StepResult(grad_norm=norm.item(), applied=True)
-        self._engine.zero_grad()
-        return StepResult(norm.item(), applied=False, may_repeat=update_scale(self._scaler, applied=False))
+            self._engine.step()
+        else:
+            self._engine.zero_grad()
+        return StepResult(norm.item(), applied, may_repeat=self._scale.update(applied))
 
     @torch.no_grad()
     def evaluate(self, micro_batch: MicroBatch) -> Float[torch.Tensor, " documents"]:
@@ -280,12 +276,12 @@ class DeepSpeedEngine(Engine):
                 client_state={
                     # Lets ds_to_universal convert the shards for another world size.
                     "universal_checkpoint_info": {"universal_checkpoint_version": 0.2},
-                    _LOSS_SCALE: None if self._scaler is None else self._scaler.state_dict(),
+                    _LOSS_SCALE: self._scale.state_dict(),
                 },
                 save_latest=False,
                 exclude_frozen_parameters=self._adapter_only,
             )
-        if self._swaps_optimizer:
+        if self._uses_nvme:
             write_swapped_state(self._engine.optimizer, folder / TAG, self._ranks.rank)
             barrier(self._ranks)  # until then other ranks' half-written files lie in the folder too
         files = sorted(path for path in folder.rglob("*") if path.is_file())
@@ -301,7 +297,7 @@ class DeepSpeedEngine(Engine):
         """
         num_shards = len(list((folder / TAG).glob("*_optim_states.pt")))
         refuse_other_stage(folder, self._stage, num_shards)
-        if self._swaps_optimizer or has_swapped_state(folder / TAG):
+        if self._uses_nvme or has_swapped_state(folder / TAG):
             self._load_swapped(folder, num_shards)
             return
         if self._stage == 0 or num_shards == self._ranks.world_size:
@@ -326,8 +322,7 @@ class DeepSpeedEngine(Engine):
             )
         if path is None:
             raise CheckpointError(Problem(str(folder), "DeepSpeed found no checkpoint in it"))
-        if self._scaler is not None and self._scaler.is_enabled():
-            self._scaler.load_state_dict(client_state[_LOSS_SCALE])
+        self._scale.load_state_dict(client_state.get(_LOSS_SCALE, {}))
 
     def _load_swapped(self, folder: Path, num_shards: int) -> None:
         """Load state that was on NVMe, wherever it is to be now."""
@@ -341,7 +336,7 @@ class DeepSpeedEngine(Engine):
         zero = self._engine.optimizer
         zero.checkpoint_event_prologue()
         # Everything but ZeRO's own state: frozen weights, buffers, counters.
-        path, _ = self._engine._load_checkpoint(
+        path, client_state = self._engine._load_checkpoint(
             str(folder),
             TAG,
             load_module_strict=not self._adapter_only,
@@ -351,6 +346,7 @@ class DeepSpeedEngine(Engine):
             raise CheckpointError(Problem(str(folder), "DeepSpeed found no checkpoint in it"))
         read_swapped_state(zero, folder / TAG, self._ranks.rank)
         zero.checkpoint_event_epilogue()
+        self._scale.load_state_dict(client_state.get(_LOSS_SCALE, {}))
 
     def export_state(self) -> dict[str, torch.Tensor] | None:
         """See `Engine.export_state`. Every rank takes part in the gathering."""

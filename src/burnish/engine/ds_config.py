@@ -101,8 +101,8 @@ def _precision_sections(config: Config) -> dict[str, Any]:
     sums = {"data_types": {"grad_accum_dtype": "fp32"}}
     if config.model.dtype == "bf16":
         return {"bf16": {"enabled": True, "check_grad_overflow": True}, **sums}
-    scale = {"loss_scale": 0, "initial_scale_power": FIRST_LOSS_SCALE_POWER, "hysteresis": 1}
-    return {"fp16": {"enabled": True, **scale}, **sums}
+    # Any fixed scale, so that DeepSpeed does not move it: `DeepSpeedEngine` sets it from its own.
+    return {"fp16": {"enabled": True, "loss_scale": 2.0**FIRST_LOSS_SCALE_POWER}, **sums}
 
 
 def _zero_section(config: Config, on_gpu: bool, sizes: ModelSizes) -> dict[str, Any]:
@@ -127,7 +127,9 @@ def _zero_section(config: Config, on_gpu: bool, sizes: ModelSizes) -> dict[str, 
     if config.engine.offload_params != "none":
         section["offload_param"] = _offload_section(config, config.engine.offload_params, on_gpu)
         if swaps_weights(config):
-            section["offload_param"] |= {"buffer_size": sizes.largest_share, "buffer_count": SWAP_BUFFERS}
+            buffers = {"buffer_size": sizes.largest_share, "buffer_count": SWAP_BUFFERS}
+            # By default 1,000 million numbers a rank are left in memory whatever is asked for.
+            section["offload_param"] |= {**buffers, "max_in_cpu": 0}
     return section
 
 

@@ -97,7 +97,7 @@ def _swapped_in(zero: Any, number: int, back: bool = False) -> Iterator[None]:
 
 
 def swappers_of_weights(model: nn.Module) -> set[Any]:
-    """What brings the weights of a partitioned model from NVMe: one, or two where part was loaded before."""
+    """What brings the weights of a partitioned model from NVMe."""
     partitioned: Iterator[Any] = iter(model.parameters())
     return {p.nvme_swapper for p in partitioned}
 

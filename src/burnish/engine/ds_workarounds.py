@@ -107,18 +107,19 @@ def convert_to_universal(shards: Path, target: Path) -> str | None:
     return None if done.returncode == 0 else done.stderr.strip().splitlines()[-1]
 
 
-def stay_at_lowest_scale(scaler: Any) -> None:
-    """Let fp16's loss scale stay at its minimum when gradients overflow there too.
+def forget_sums(zero: Any) -> None:
+    """Let a step that was not applied leave nothing behind in the gradients of the next one.
 
-    DeepSpeed raises a bare Exception then. The step has been skipped like others before it; when there are
-    too many in a row, the loop ends the run with a checkpoint.
+    With the optimizer offloaded to the CPU, ZeRO 1 and 2 (`zero/stage_1_and_2.py`, `step`) keep what they
+    added up in fp32 after gradients that are not finite: every later step is not finite either.
 
-    Remove when: what to do at the minimum is a setting.
+    Remove when: `averaged_gradients` is emptied there as it is without offload.
 
     Args:
-        scaler: The ZeRO optimizer's `loss_scaler`.
+        zero: DeepSpeed's optimizer of stage 1 or 2.
     """
-    scaler.raise_error_at_min_scale = False
+    for group in zero.averaged_gradients:
+        zero.averaged_gradients[group] = None
 
 
 @contextlib.contextmanager

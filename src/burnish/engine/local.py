@@ -21,7 +21,7 @@ from burnish.engine.base import Engine, Scorer, StepResult
 from burnish.engine.gradients import clip_gradients, finite_on_all_ranks, global_grad_norm, sum_gradients
 from burnish.engine.optimizer import build_optimizer, set_learning_rate
 from burnish.engine.phases import PhaseClock
-from burnish.engine.precision import autocast, loss_scaler, update_scale
+from burnish.engine.precision import LossScale, autocast
 from burnish.engine.state_files import (
     copy_exactly,
     exported_weights,
@@ -105,7 +105,7 @@ class LocalEngine(Engine):
         self._clock = PhaseClock(device)
         self._optimizer = build_optimizer(self._model, optim)
         self._parameters = [p for p in self._model.parameters() if p.requires_grad]
-        self._scaler = loss_scaler(device, compute_dtype)
+        self._scale = LossScale(compute_dtype == torch.float16)
         self._model.train()
         self._share_weights()
 
@@ -119,20 +119,20 @@ class LocalEngine(Engine):
         with self._clock.phase("forward"), autocast(self._device, self._compute_dtype):
             nll_sum = self._model(to_device(micro_batch, self._device))
         with self._clock.phase("backward"):
-            self._scaler.scale(nll_sum / total_weight).backward()
+            (nll_sum / total_weight * self._scale.value).backward()
         return nll_sum.detach()
 
     def step(self, lr: float) -> StepResult:
         """See `Engine.step`."""
         sum_gradients(self._parameters, self._ranks)
-        self._scaler.unscale_(self._optimizer)
+        self._scale.unscale(self._parameters)
         norm = global_grad_norm(self._parameters)
         applied = finite_on_all_ranks(norm, self._ranks)
         if applied:
             clip_gradients(self._parameters, norm, self._max_grad_norm)
             set_learning_rate(self._optimizer, lr)
-            self._scaler.step(self._optimizer)
-        may_repeat = update_scale(self._scaler, applied)
+            self._optimizer.step()
+        may_repeat = self._scale.update(applied)
         self._optimizer.zero_grad(set_to_none=True)
         seconds = self._clock.take()
         return StepResult(norm.item(), applied, may_repeat, seconds.get("forward"), seconds.get("backward"))
@@ -148,14 +148,14 @@ class LocalEngine(Engine):
         folder.mkdir(parents=True, exist_ok=True)
         write_tensors(folder / WEIGHTS_FILE, trained_state(self._model))
         write_tensors(folder / OPTIMIZER_FILE, optimizer_state(self._model, self._optimizer))
-        (folder / SCALER_FILE).write_text(json.dumps(self._scaler.state_dict()))
+        (folder / SCALER_FILE).write_text(json.dumps(self._scale.state_dict()))
         return [folder / name for name in (WEIGHTS_FILE, OPTIMIZER_FILE, SCALER_FILE)]
 
     def load_state(self, folder: Path) -> None:
         """Read the same files on every rank; the world size may be another."""
         copy_exactly(trained_state(self._model), read_tensors(folder / WEIGHTS_FILE), "weights")
         restore_optimizer_state(self._model, self._optimizer, read_tensors(folder / OPTIMIZER_FILE))
-        self._scaler.load_state_dict(json.loads((folder / SCALER_FILE).read_text()))
+        self._scale.load_state_dict(json.loads((folder / SCALER_FILE).read_text()))
 
     def export_state(self) -> dict[str, torch.Tensor] | None:
         """See `Engine.export_state`. Tied weights stay one tensor under two names."""

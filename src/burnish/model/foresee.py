@@ -1,4 +1,5 @@
-"""How a model will be fed, found out from its config.json alone: no weights are read."""
+"""What a model will be like, found out from its config.json alone: its widths, its largest weight, how it
+will be fed. No weights are read."""
 
 from __future__ import annotations
 

@@ -101,7 +101,10 @@ class _Setup:
 
 def uses_deepspeed(config: Config, world_size: int) -> bool:
     """Whether `engine.kind` means DeepSpeed for this many ranks."""
-    return config.engine.kind == "deepspeed" or (config.engine.kind == "auto" and world_size > 1)
+    engine = config.engine
+    # Only DeepSpeed offloads: who asks for it on one GPU means that.
+    offloads = engine.offload_optimizer != "none" or engine.offload_params != "none"
+    return engine.kind == "deepspeed" or (engine.kind == "auto" and (world_size > 1 or offloads))
 
 
 def estimate_memory(

@@ -11,14 +11,19 @@ from burnish.config.load import dump_config
 from burnish.config.schema import Config
 from burnish.errors import MachineError, Problem
 from burnish.plan import Plan
+from burnish.runtime import Ranks
 
 
-def write_run_files(run_dir: Path, config: Config, plan: Plan, data_report: Mapping[str, Any]) -> None:
-    """Write `config.yaml` (as resolved), `plan.json` and `data_report.json`; on rank 0.
+def write_run_files(
+    run_dir: Path, config: Config, plan: Plan, data_report: Mapping[str, Any], ranks: Ranks
+) -> None:
+    """Write `config.yaml` (as resolved), `plan.json` and `data_report.json`, by rank 0.
 
     Raises:
         MachineError: The folder cannot be written.
     """
+    if not ranks.is_main:
+        return
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
         (run_dir / "config.yaml").write_text(dump_config(config), encoding="utf-8")

@@ -21,7 +21,7 @@ from burnish.data.store import ExampleStore
 from burnish.data.windows import WindowPlan
 from burnish.engine.base import Engine, StepResult
 from burnish.engine.watched import WatchedEngine
-from burnish.errors import InterruptedRunError, Problem, TrainingStoppedError
+from burnish.errors import InterruptedRunError, MachineError, Problem, TrainingStoppedError
 from burnish.plan import learning_rate
 from burnish.records import EvalStats, StepStats, TrainState, Window
 from burnish.runtime import Ranks, barrier, log, peak_memory_bytes, seed_everything, sum_over_ranks
@@ -69,6 +69,10 @@ class TrainJob:
     """What a resumed run must share, by name: see `TrainState.fingerprints`."""
     export_best: Callable[[TrainState], None] | None = None
     """Called on every rank when an evaluation was the best so far."""
+    export_final: Callable[[TrainState], None] | None = None
+    """Called on every rank at the end."""
+    on_start: Callable[[], None] | None = None
+    """Called on every rank when it is certain that this run may go on from what its folder holds."""
 
     @property
     def run_dir(self) -> Path:
@@ -89,21 +93,48 @@ def train(job: TrainJob) -> TrainState:
         InterruptedRunError: SIGTERM or SIGINT arrived; a checkpoint was saved.
         TrainingStoppedError: `train.max_skipped_steps` steps in a row had gradients that were not
             finite; a checkpoint from before the first of them was saved.
+        MachineError: The result could not be exported; a checkpoint of the last step was saved.
         CheckpointError: The checkpoint to resume from is damaged or belongs to another run.
     """
     timeout_seconds = job.config.launch.hang_timeout_seconds
-    with StopRequest() as stop, Watchdog(job.run_dir, job.ranks, timeout_seconds) as watchdog:
-        job = replace(job, engine=WatchedEngine(job.engine, watchdog))
-        resumed_from = find_checkpoint(job.run_dir, job.config.checkpoint.resume, job.ranks)
-        state = _start_state(job, resumed_from)
-        keeper = _Keeper(job, state, resumed_from)
-        if resumed_from is None:
-            state = _evaluate_and_track(job, state)
-        while state.step < job.windows.num_steps:
-            state, must_stop = _one_step(job, keeper, state, stop)
-            if must_stop:
-                _stop_for_signal(job, keeper, state)
+    with StopRequest() as stop:
+        with Watchdog(job.run_dir, job.ranks, timeout_seconds) as watchdog:
+            watched = replace(job, engine=WatchedEngine(job.engine, watchdog))
+            state, keeper = _run(watched, stop)
+        _finish(job, keeper, state)
     return state
+
+
+def _run(job: TrainJob, stop: StopRequest) -> tuple[TrainState, _Keeper]:
+    """From the newest checkpoint, or from the beginning, to the last step."""
+    resumed_from = find_checkpoint(job.run_dir, job.config.checkpoint.resume, job.ranks)
+    state = _start_state(job, resumed_from)
+    if job.on_start is not None:
+        job.on_start()
+    keeper = _Keeper(job, state, resumed_from)
+    if resumed_from is None:
+        state = _evaluate_and_track(job, state)
+    while state.step < job.windows.num_steps:
+        state, must_stop = _one_step(job, keeper, state, stop)
+        if must_stop:
+            _stop_for_signal(job, keeper, state)
+    return state, keeper
+
+
+def _finish(job: TrainJob, keeper: _Keeper, state: TrainState) -> None:
+    """Export. A signal is left for afterwards, and what cannot be exported is not lost.
+
+    Raises:
+        MachineError: It could not be exported; a checkpoint of the last step was saved.
+    """
+    if job.export_final is None:
+        return
+    try:
+        job.export_final(state)
+    except MachineError as error:
+        path = keeper.save(state)
+        cure = "Mend that and run the same command: it exports from there."
+        raise MachineError(*error.problems, Problem(str(path), "holds what was trained", cure)) from error
 
 
 def train_step(
