@@ -358,7 +358,7 @@ def _record_skip(job: TrainJob, keeper: _Keeper, state: TrainState, stats: StepS
         Problem(
             f"step {stats.step}",
             f"{limit} steps in a row had gradients that are not finite",
-            f"The state from before them is in {path}; their rows are in metrics.jsonl, kind: skipped. Look at "
+            f"The state from before them is in {path}; metrics.jsonl has their rows (kind: skipped). Look at "
             "them (view CONFIG --source S --row R), lower optim.lr, or use model.dtype: bf16, not fp16.",
         )
     )
