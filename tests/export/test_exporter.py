@@ -1,0 +1,61 @@
+"""What stands beside a result belongs to the same run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+from unittest.mock import Mock
+
+import pytest
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from burnish.config.schema import Config
+from burnish.engine.base import Engine
+from burnish.errors import MachineError, Problem
+from burnish.export import exporter as exporter_module
+from burnish.export.exporter import Exporter
+from burnish.records import TrainState
+from burnish.runtime import Ranks
+
+
+def state(best_eval_step: int | None) -> TrainState:
+    best_loss = None if best_eval_step is None else 1.5
+    return TrainState(4, 0, 8, 64, 32, best_loss, best_eval_step, 0, {}, {}, {}, 1)
+
+
+@pytest.fixture
+def write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Exports a run's `final/` over another run's `best/`; what a file of weights holds is not the point."""
+    (tmp_path / "best").mkdir()
+    (tmp_path / "best" / "whose").write_text("another run's")
+
+    def export_final(*arguments: Any, pissa_start: Any) -> None:
+        assert (tmp_path / "best" / "whose").exists(), "nothing may move before the result is whole"
+        if arguments[4] == "no disk":
+            raise MachineError(Problem("final", "cannot be written"))
+        arguments[5].mkdir()
+
+    monkeypatch.setattr(exporter_module, "export_final", export_final)
+    config = Config.model_validate({"model": {"path": "m"}, "data": {"train": "d"}, "output_dir": "o"})
+    engine, model, tokenizer = Mock(Engine), Mock(PreTrainedModel), Mock(PreTrainedTokenizerBase)
+    engine.export_state.return_value = {}
+
+    def run(best_eval_step: int | None, template: str | None = None) -> None:
+        exporter = Exporter(config, engine, model, tokenizer, template, Ranks(0, 0, 1))
+        exporter.export(tmp_path / "final", state(best_eval_step))
+
+    return run
+
+
+def test_another_runs_best_does_not_stand_beside_a_new_result(tmp_path: Path, write: Any) -> None:
+    (tmp_path / "best-1").mkdir()
+    write(None)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["best-1", "best-2", "final"]
+    assert (tmp_path / "best-2" / "whose").read_text() == "another run's"
+
+
+def test_a_runs_own_best_stays_and_so_does_any_beside_a_failure(tmp_path: Path, write: Any) -> None:
+    with pytest.raises(MachineError):
+        write(None, template="no disk")
+    write(2)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["best", "final"]
