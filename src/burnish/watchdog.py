@@ -79,14 +79,15 @@ class Watchdog:
         self._file: TextIO
 
     def beat(self, doing: str) -> None:
-        """This rank makes progress.
+        """This rank makes progress. After the block, as where what failed to export is saved, nobody watches.
 
         Args:
             doing: What it does next; the report of a hang begins with it.
         """
         self._last_beat = time.monotonic()
         self._doing = doing
-        if self._timeout_seconds is not None and self._last_beat - self._last_armed > _REARM_SECONDS:
+        rested_seconds = self._last_beat - self._last_armed
+        if self._timeout_seconds is not None and rested_seconds > _REARM_SECONDS and not self._file.closed:
             self._arm()
 
     def __enter__(self) -> Watchdog:

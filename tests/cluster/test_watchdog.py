@@ -50,6 +50,14 @@ def test_beats_keep_it_alive(tmp_path):
     assert not (tmp_path / "stacks").exists()
 
 
+def test_a_beat_after_the_end_is_no_error(tmp_path, monkeypatch):
+    """What could not be exported is saved after the block, by an engine that still tells of it."""
+    monkeypatch.setattr("burnish.watchdog._REARM_SECONDS", -1.0)
+    with Watchdog(tmp_path, ALONE, 60.0) as dog:
+        dog.beat("training")
+    dog.beat("saving")
+
+
 def test_a_hang_that_lets_no_python_run_ends_too(tmp_path):
     """A library that never gives up the interpreter's lock: PyDLL calls keep it."""
     code, _, seconds = program("import ctypes\nctypes.PyDLL(None).sleep(60)", tmp_path)
