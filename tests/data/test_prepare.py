@@ -123,6 +123,17 @@ def test_equal_data_has_an_equal_fingerprint_wherever_it_lies(tmp_path):
     assert a.fingerprint != run(tmp_path, str(tmp_path / "a.jsonl"), eval_fraction=0.4).fingerprint
 
 
+def test_the_fingerprint_is_that_of_the_training_data_alone(tmp_path):
+    """A run that is resumed may evaluate on other rows; it may not hold out others."""
+    train, own = write(tmp_path / "a.jsonl", rows(20)), write(tmp_path / "b.jsonl", rows(5, "other"))
+    plain = run(tmp_path, train).fingerprint
+    assert run(tmp_path, train, eval=own).fingerprint == plain
+    write(tmp_path / "b.jsonl", rows(6, "changed"))
+    assert run(tmp_path, train, eval=own).fingerprint == plain
+    assert run(tmp_path, train, eval_fraction=0.2).fingerprint != plain
+    assert run(tmp_path, own).fingerprint != plain
+
+
 def test_damaged_parts_are_prepared_again(tmp_path):
     path = write(tmp_path / "a.jsonl", rows(5))
     first = run(tmp_path, path)

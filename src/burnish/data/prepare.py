@@ -67,7 +67,8 @@ class PreparedData:
     report: dict[str, Any]
     """What `data_report.json` holds."""
     fingerprint: str
-    """Hash of every token and weight, and of which examples are trained on: equal data, equal hash."""
+    """Hash of every token and weight of `data.train`, and of which of its examples are trained on: equal
+    data, equal hash. `data.eval` is no part of it."""
 
 
 @dataclass(frozen=True)
@@ -282,8 +283,9 @@ def _assemble(config: Config, parts: Sequence[PreparedPart], stamped_date: str |
     own = ExampleStore(opened[num_train:], names[num_train:]) if parts[num_train:] else None
     train, held_out = split_off(train, config.data.eval_fraction, config.train.seed)
     evaluation = ExampleStore.joined([store for store in (held_out, own) if store is not None])
+    # Of `data.eval` nothing: a run may go on with other rows to evaluate on.
     fingerprint = digest_of(
-        [[part.summary["digest"] for part in parts], num_train, config.data.eval_fraction]
+        [[part.summary["digest"] for part in parts[:num_train]], num_train, config.data.eval_fraction]
         + ([config.train.seed] if held_out is not None else [])
     )
     report = build_report(config.data, [_described(part) for part in parts], opened, train, evaluation)
