@@ -69,6 +69,8 @@ def folder(tmp_path, monkeypatch):
         ),
         ("--model.freeze ['*']", "model.freeze", "everything"),
         ("--data.max_tokens 1", "data.max_tokens", "nothing"),
+        ("--data.bad_row_rules.empty_anwser drop", "data.bad_row_rules.empty_anwser", "empty_answer"),
+        ("--data.bad_row_rules.invalid_json fix", "data.bad_row_rules.invalid_json", "no fix"),
         ("--data.eval rows.jsonl --data.eval_fraction 0.1", "data.eval_fraction", "together"),
         ("--eval.every_steps 5", "eval.every_steps", "no data"),
         ("--data.chat_template no.jinja", "data.chat_template", "no file"),
@@ -140,6 +142,14 @@ def test_other_raw_deepspeed_settings_are_taken():
     raw = "{comms_logger: {enabled: true}, zero_optimization: {reduce_bucket_size: 1e6}}"
     config = load_config(None, [*BASE, "--engine.deepspeed", raw])
     assert config.engine.deepspeed["zero_optimization"] == {"reduce_bucket_size": 1e6}
+
+
+def test_a_misnamed_rule_is_reported_together_with_what_else_is_wrong():
+    with pytest.raises(ConfigError) as caught:
+        load_config(None, [*BASE, "--data.bad_row_rules.xyz", "drop", "--optim.lr", "0"])
+    found = {p.where: p.cure for p in caught.value.problems}
+    assert found.keys() == {"optim.lr", "data.bad_row_rules.xyz"}
+    assert "empty_answer" in found["data.bad_row_rules.xyz"]
 
 
 def test_weights_need_the_weighted_mix():

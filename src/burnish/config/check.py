@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from burnish.config.raw_deepspeed import misspelt_settings, refused_settings
+from burnish.config.row_rules import misnamed_rules
 from burnish.config.schema import Config, SourceConfig
 from burnish.errors import Problem
 
@@ -113,6 +114,7 @@ def _check_data(config: Config) -> Iterator[Problem]:
     if data.max_tokens < 2:
         cure = "Give at least 2: the first token is never predicted."
         yield Problem("data.max_tokens", f"is {data.max_tokens}: nothing can be learned", cure)
+    yield from misnamed_rules(data.bad_row_rules)
     if data.eval is not None and data.eval_fraction > 0:
         cure = "Keep data.eval, or data.eval_fraction to hold out part of data.train."
         yield Problem("data.eval_fraction", "is set together with data.eval", cure)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping
 
+from burnish.config.row_rules import misnamed_rules
 from burnish.config.schema import DataConfig
 from burnish.data.problems import RULES, Policy
-from burnish.errors import ConfigError, Problem
+from burnish.errors import ConfigError
 
 
 def resolve_policies(data: DataConfig) -> dict[str, Policy]:
@@ -16,7 +16,9 @@ def resolve_policies(data: DataConfig) -> dict[str, Policy]:
     Raises:
         ConfigError: `bad_row_rules` names a rule that is none, or `fix` for one that has no fix.
     """
-    _check_names(data.bad_row_rules)
+    problems = [*misnamed_rules(data.bad_row_rules)]
+    if problems:
+        raise ConfigError(*problems)
     policies: dict[str, Policy] = {name: rule.default or data.bad_rows for name, rule in RULES.items()}
     if data.too_long == "error":
         policies["too_long"] = "error"
@@ -25,20 +27,6 @@ def resolve_policies(data: DataConfig) -> dict[str, Policy]:
     if data.control_tokens == "error":
         policies["control_tokens"] = "error"
     return {**policies, **data.bad_row_rules}
-
-
-def _check_names(chosen: Mapping[str, Policy]) -> None:
-    problems = []
-    for name, policy in chosen.items():
-        key = f"data.bad_row_rules.{name}"
-        if name not in RULES:
-            near = difflib.get_close_matches(name, RULES, n=1)
-            cure = f"Did you mean {near[0]}?" if near else f"Rules are: {', '.join(RULES)}."
-            problems.append(Problem(key, "there is no such rule", cure))
-        elif policy == "fix" and not RULES[name].can_fix:
-            problems.append(Problem(key, "this rule has no fix", "Use drop or error."))
-    if problems:
-        raise ConfigError(*problems)
 
 
 def fate(rule: str, policies: Mapping[str, Policy], data: DataConfig) -> Policy:
