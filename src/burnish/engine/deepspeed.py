@@ -76,6 +76,7 @@ from burnish.runtime import Ranks, barrier, log
 
 MODEL_PREFIX = "model."
 """Where `SupervisedModel` holds the Hugging Face model."""
+_LOCK_CURE = "delete the file `lock` below ~/.cache/torch_extensions (or TORCH_EXTENSIONS_DIR)."
 _LOSS_SCALE = "burnish_loss_scale"
 """Under which DeepSpeed keeps what it does not know of."""
 
@@ -106,6 +107,9 @@ def _check_settings(config: Config) -> None:
         cure = "Install them (on Debian: apt install g++ libaio-dev), or offload to cpu."
         key = "engine.offload_optimizer" if swaps_optimizer(config) else "engine.offload_params"
         raise MachineError(Problem(key, what, cure))
+    if uses_nvme(config):
+        # torch's builder waits for ever, and says nothing, where a run was killed while it compiled.
+        log.info("DeepSpeed compiles async_io once, which takes minutes. Should it never end: %s", _LOCK_CURE)
 
 
 def known_zero_settings() -> Names:
