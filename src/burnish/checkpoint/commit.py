@@ -59,7 +59,7 @@ def save_checkpoint(engine: Engine, state: TrainState, run_dir: Path, ranks: Ran
     final = checkpoint_path(run_dir, state.step)
     staging = final.parent / f"{STAGING_PREFIX}{final.name}"
     _agree(lambda: _prepare_staging(staging) if ranks.is_main else None, ranks)
-    entries = _agree(lambda: _seal(_written(engine, staging / ENGINE_FOLDER), staging), ranks)
+    entries = _agree(lambda: _seal(_written(engine, staging / ENGINE_FOLDER, ranks), staging), ranks)
     random_states = gather_objects(random_state(), ranks)
     rng = {str(rank): value for rank, value in enumerate(random_states)}
     state = replace(state, rng=rng, world_size=ranks.world_size)
@@ -75,18 +75,20 @@ def _prepare_staging(staging: Path) -> None:
     (staging / ENGINE_FOLDER).mkdir(parents=True)
 
 
-def _written(engine: Engine, folder: Path) -> Sequence[Path]:
-    """This rank's files of the engine's state.
+def _written(engine: Engine, folder: Path, ranks: Ranks) -> Sequence[Path]:
+    """This rank's files of the engine's state. Other ranks may wait inside the engine's own collectives, so
+    a rank that fails ends at once instead of meeting them: its launcher then stops them.
 
     Raises:
-        OSError: They cannot be written; torch.save says that with a RuntimeError from its zip writer.
+        CheckpointError: They cannot be written; torch.save says that with a RuntimeError from its zip writer.
     """
     try:
         return engine.save_state(folder)
-    except RuntimeError as error:
-        if "inline_container" not in str(error):
+    except (OSError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "inline_container" not in str(error):
             raise
-        raise OSError(f"{folder}: torch.save could not write all of it ({error})") from error
+        what = f"could not be written: rank {ranks.rank}: {folder}: {error}"
+        raise CheckpointError(Problem(FOLDER, what, "Check disk space and permissions.")) from error
 
 
 def _seal(files: Sequence[Path], staging: Path) -> list[FileEntry]:
