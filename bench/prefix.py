@@ -36,7 +36,7 @@ from burnish.model.forward import SupervisedModel, to_device
 from burnish.plan import CostModel
 from burnish.records import Example
 from burnish.runtime import Ranks, keep_freed_memory
-from burnish.train.loop import Feed, train_step
+from burnish.train.step import Feed, train_step
 
 ALONE = Ranks(0, 0, 1)
 PARITY = 1e-5

@@ -226,7 +226,7 @@ def syncs(device: str) -> dict[str, Any]:
             step()
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    inside = [place for place in found if "engine/" not in place and "train/loop" not in place]
+    inside = [place for place in found if "engine/" not in place and "train/step" not in place]
     return {"ok": not inside, "places": _shortened(found)}
 
 

@@ -17,7 +17,7 @@ from burnish.model.forward import SupervisedModel
 from burnish.plan.shapes import ModelShape
 from burnish.records import Example
 from burnish.runtime import Ranks
-from burnish.train.loop import Feed, train_step
+from burnish.train.step import Feed, train_step
 
 ALONE = Ranks(0, 0, 1)
 

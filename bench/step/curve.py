@@ -75,7 +75,7 @@ def plain_curve(
 
 def own_curve(race: Race, device: torch.device) -> list[float]:
     """Loss of each step as `train_step` has it."""
-    from burnish.train.loop import train_step
+    from burnish.train.step import train_step
 
     engine, feed = own_engine(race, device)
     return [

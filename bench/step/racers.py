@@ -32,7 +32,7 @@ def own_engine(race: Race, device: torch.device) -> tuple[Any, Any]:
     from burnish.model.attention import can_isolate
     from burnish.model.forward import SupervisedModel
     from burnish.model.load import load_model
-    from burnish.train.loop import Feed
+    from burnish.train.step import Feed
 
     config = race.config
     model = load_model(
@@ -50,7 +50,7 @@ def own_engine(race: Race, device: torch.device) -> tuple[Any, Any]:
 
 def burnish(race: Race, turns: Turns) -> None:
     """`train_step` with everything around it that the loop does for a step."""
-    from burnish.train.loop import train_step
+    from burnish.train.step import train_step
 
     device = pick_device(ALONE)
     keep_freed_memory(device)

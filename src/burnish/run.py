@@ -43,8 +43,9 @@ from burnish.runtime import (
     start_process_group,
     suit_allocator,
 )
-from burnish.train.loop import Feed, TrainJob
+from burnish.train.loop import TrainJob
 from burnish.train.loop import train as run_loop
+from burnish.train.step import Feed
 
 
 @dataclass(frozen=True)

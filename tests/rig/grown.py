@@ -27,7 +27,8 @@ from burnish.model.load import load_model
 from burnish.model.vocabulary import train_tokens
 from burnish.records import Example, Vocabulary
 from burnish.runtime import Ranks, barrier
-from burnish.train.loop import Feed, TrainJob, train
+from burnish.train.loop import TrainJob, train
+from burnish.train.step import Feed
 from rig.runs import make_job, summary
 from rig.toy import VOCABULARY, toy_config, toy_llama, toy_store
 

@@ -19,7 +19,8 @@ from burnish.model.forward import SupervisedModel
 from burnish.plan import unshared
 from burnish.records import EvalStats, StepStats
 from burnish.runtime import Ranks
-from burnish.train.loop import Feed, TrainJob, train
+from burnish.train.loop import TrainJob, train
+from burnish.train.step import Feed
 from rig.toy import alike_store, toy_config, toy_model, toy_store
 
 
