@@ -37,6 +37,12 @@ def folder(tmp_path, monkeypatch):
             "engine.offload_params",
             "rounds weights to bf16",
         ),
+        (
+            "--engine.zero_stage 3 --engine.offload_optimizer cpu --launch.num_processes 1 "
+            "--adapter.quantize nf4",
+            "adapter.quantize",
+            "does not work with engine.zero_stage 3",
+        ),
         ("--engine.zero_stage 3 --engine.offload_params nvme", "engine.offload_params", "which is larger"),
         ("--engine.nvme_path /fast --engine.offload_optimizer cpu", "engine.nvme_path", "nothing is"),
         (

@@ -183,3 +183,12 @@ def test_a_refused_run_does_not_start(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError):
         train(other)
     assert started == [True]
+
+
+def test_who_starts_over_is_told_what_is_replaced(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    config = toy_config(tmp_path, {"train.max_steps": 1})
+    train(make_job(config, ALONE))
+    assert "earlier run" not in caplog.text
+    (tmp_path / "final").mkdir()
+    train(make_job(config, ALONE))
+    assert "final is of an earlier run" in caplog.text

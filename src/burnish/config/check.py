@@ -142,8 +142,9 @@ def _check_batch(config: Config) -> Iterator[Problem]:
 
 def _check_engine(config: Config) -> Iterator[Problem]:
     engine, adapter = config.engine, config.adapter
+    offloads = engine.offload_optimizer != "none" or engine.offload_params != "none"
     one_process = config.launch.num_processes == 1 and engine.kind == "auto"
-    local = engine.kind == "local" or one_process
+    local = engine.kind == "local" or (one_process and not offloads)
     cure_local = "Set engine.kind: deepspeed, or leave it out."
     if adapter is not None and adapter.quantize is not None and engine.zero_stage == 3 and not local:
         cure = "Use engine.zero_stage: 2 with a quantised base, or leave adapter.quantize out."

@@ -96,6 +96,8 @@ def _run(job: TrainJob, stop: StopRequest) -> tuple[TrainState, _Keeper]:
     """From the newest checkpoint, or from the beginning, to the last step."""
     resumed_from = find_checkpoint(job.run_dir, job.config.checkpoint.resume, job.ranks)
     state = _start_state(job, resumed_from)
+    if resumed_from is None and (job.run_dir / "final").exists() and job.ranks.is_main:
+        log.warning("%s is of an earlier run; it is replaced when this one is done.", job.run_dir / "final")
     if job.on_start is not None:
         job.on_start()
     keeper = _Keeper(job, state, resumed_from)
