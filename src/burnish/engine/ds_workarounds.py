@@ -118,8 +118,10 @@ def forget_sums(zero: Any) -> None:
     Args:
         zero: DeepSpeed's optimizer of stage 1 or 2.
     """
-    for group in zero.averaged_gradients:
-        zero.averaged_gradients[group] = None
+    # DeepSpeed's class for stage 1 in bf16 without offload has no such sums.
+    sums = getattr(zero, "averaged_gradients", {})
+    for group in sums:
+        sums[group] = None
 
 
 @contextlib.contextmanager
