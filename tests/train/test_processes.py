@@ -36,7 +36,12 @@ FP32_VARIANTS = [
     *((engine, "no-clip") for engine in ("local", "zero0", "zero2")),
 ]
 BF16_VARIANTS = [(engine, variant) for engine in ENGINES for variant in ("bf16", "bf16-lora")]
-POISONED = [(engine, "fp32") for engine in ENGINES] + [(f"zero{stage}", "bf16") for stage in (1, 2, 3)]
+OFFLOADED = {
+    f"zero{stage}-offloaded": {**ENGINES[f"zero{stage}"], "engine.offload_optimizer": "cpu"}
+    for stage in (1, 2, 3)
+}
+POISONED = [(engine, "fp32") for engine in ENGINES]
+POISONED += [(f"zero{stage}", "bf16") for stage in (1, 2, 3)] + [(engine, "bf16") for engine in OFFLOADED]
 STOPPED = ("local", "zero3")
 SHRUNK = ("local", "zero3")
 SIGNALLED = ("local", "zero0", "zero1", "zero3")
@@ -63,7 +68,7 @@ def _first_cases() -> dict[str, Any]:
         settings = {**ENGINES[engine], **VARIANTS[variant]}
         cases[f"{engine}-{variant}"] = {"kind": "plain", "settings": settings, "tied": variant == "tied"}
     for engine, dtype in POISONED:
-        settings = {**ENGINES[engine], "model.dtype": dtype}
+        settings = {**(ENGINES | OFFLOADED)[engine], "model.dtype": dtype}
         cases[f"{engine}-poisoned-{dtype}"] = {
             "kind": "poisoned",
             "settings": settings,
