@@ -86,7 +86,7 @@ def formats() -> str:
 
 def rules() -> str:
     """Every rule that a bad row can break."""
-    from burnish.data.problems import RULES
+    from burnish.config.row_rules import RULES
 
     rows = [
         [f"`{r.name}`", _cell(r.what), r.default or "*bad_rows*", _cell(r.fix) or "-", _cell(r.cure)]

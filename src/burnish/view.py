@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, final
 
 import numpy as np
 
+from burnish.config.row_rules import RULES
 from burnish.config.schema import Config, SourceConfig
 from burnish.data.control import ControlTokens
 from burnish.data.format import RowFormat, detect_format, to_conversation
@@ -22,7 +23,7 @@ from burnish.data.mask import Encoded, Encoder
 from burnish.data.pack import pack_window
 from burnish.data.policies import fate, resolve_policies
 from burnish.data.prepare import PEEK_ROWS
-from burnish.data.problems import RULES, RowProblem
+from burnish.data.problems import RowProblem
 from burnish.data.stamp import date_of_run
 from burnish.data.texts import Mender
 from burnish.data.tokenizer import load_tokenizer

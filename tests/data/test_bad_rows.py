@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from rows_on_the_spot import ANSWER, GOOD, TOKENIZER, USER, line, run, run_file, said
 
-from burnish.data.problems import RULES
+from burnish.config.row_rules import RULES
 from burnish.data.report import describe
 from burnish.errors import ConfigError, DataError
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from burnish.config.names import keys_by_name
-from burnish.data.problems import RULES
+from burnish.config.row_rules import RULES
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"

@@ -104,6 +104,8 @@ def test_a_step_is_repeated_until_it_fits(tmp_path: Path, caplog: pytest.LogCapt
     reached = math.log2(job.engine._scale.value)
     assert len(repeats) == TOO_LARGE + 6 - reached > 9
     assert isinstance(job.recorder, Memory) and all(s.applied for s in job.recorder.steps)
+    spent = job.recorder.steps[0].phase_seconds  # two dozen attempts, of which all count
+    assert spent["forward"] + spent["backward"] > spent["other"]
 
 
 def test_a_loss_that_is_not_finite_is_not_computed_again(tmp_path: Path) -> None:

@@ -140,15 +140,11 @@ def _check_batch(config: Config) -> Iterator[Problem]:
         yield Problem("batch.micro_examples", "is set together with batch.micro_tokens", cure)
 
 
-def _check_engine(config: Config) -> Iterator[Problem]:
-    engine, adapter = config.engine, config.adapter
-    offloads = engine.offload_optimizer != "none" or engine.offload_params != "none"
-    one_process = config.launch.num_processes == 1 and engine.kind == "auto"
-    local = engine.kind == "local" or (one_process and not offloads)
-    cure_local = "Set engine.kind: deepspeed, or leave it out."
-    if adapter is not None and adapter.quantize is not None and engine.zero_stage == 3 and not local:
-        cure = "Use engine.zero_stage: 2 with a quantised base, or leave adapter.quantize out."
-        yield Problem("adapter.quantize", f"{adapter.quantize} does not work with engine.zero_stage 3", cure)
+_CURE_LOCAL = "Set engine.kind: deepspeed, or leave it out."
+
+
+def _check_offloading(config: Config) -> Iterator[Problem]:
+    engine = config.engine
     if engine.offload_params != "none" and engine.zero_stage != 3:
         cure = "Set engine.zero_stage: 3, or leave engine.offload_params out."
         yield Problem(
@@ -160,12 +156,17 @@ def _check_engine(config: Config) -> Iterator[Problem]:
     for key in ("offload_optimizer", "offload_params"):
         where = getattr(engine, key)
         if where != "none" and engine.kind == "local":
-            yield Problem(f"engine.{key}", f"is {where}, but engine.kind is local", cure_local)
+            yield Problem(f"engine.{key}", f"is {where}, but engine.kind is local", _CURE_LOCAL)
+    yield from _check_nvme(config)
+
+
+def _check_nvme(config: Config) -> Iterator[Problem]:
+    engine = config.engine
     if engine.offload_params == "nvme" and config.model.dtype == "fp32":
         # Seen with DeepSpeed 0.19.8, which says nothing of it.
         what = "is nvme, where DeepSpeed rounds weights to bf16, but model.dtype is fp32"
         yield Problem("engine.offload_params", what, "Set model.dtype: bf16, or engine.offload_params: cpu.")
-    if engine.offload_params == "nvme" and engine.offload_optimizer != "nvme" and adapter is None:
+    if engine.offload_params == "nvme" and engine.offload_optimizer != "nvme" and config.adapter is None:
         # DeepSpeed cannot load such a checkpoint; masters and moments are six times the weights anyway.
         what = "is nvme, but the state of the optimizer, which is larger, is not"
         cure = "Set engine.offload_optimizer: nvme, or engine.offload_params: cpu."
@@ -177,13 +178,23 @@ def _check_engine(config: Config) -> Iterator[Problem]:
     if engine.nvme_path is not None and "nvme" not in (engine.offload_optimizer, engine.offload_params):
         cure = "Set engine.offload_optimizer or offload_params to nvme, or leave engine.nvme_path out."
         yield Problem("engine.nvme_path", "is set, but nothing is offloaded to nvme", cure)
+
+
+def _check_engine(config: Config) -> Iterator[Problem]:
+    engine, adapter = config.engine, config.adapter
+    one_process = config.launch.num_processes == 1
+    local = not engine.uses_deepspeed(1 if one_process else 2)
+    if adapter is not None and adapter.quantize is not None and engine.zero_stage == 3 and not local:
+        cure = "Use engine.zero_stage: 2 with a quantised base, or leave adapter.quantize out."
+        yield Problem("adapter.quantize", f"{adapter.quantize} does not work with engine.zero_stage 3", cure)
+    yield from _check_offloading(config)
     if engine.hpz_size > 1 and (engine.zero_stage != 3 or local):
         what = f"is {engine.hpz_size}, but weights are not sharded: it needs DeepSpeed's ZeRO 3"
         yield Problem("engine.hpz_size", what, "Set engine.zero_stage: 3, or leave engine.hpz_size out.")
     yield from refused_settings(engine.deepspeed)
     yield from misspelt_settings(engine.deepspeed)
     if engine.deepspeed and local:
-        yield Problem("engine.deepspeed", "is set, but DeepSpeed does not run here", cure_local)
+        yield Problem("engine.deepspeed", "is set, but DeepSpeed does not run here", _CURE_LOCAL)
     yield from _check_sequence_parallel(config)
 
 

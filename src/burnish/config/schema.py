@@ -228,6 +228,15 @@ class EngineConfig(_Section):
     deepspeed: dict[str, Any] = Field(default_factory=dict)
     """Raw DeepSpeed settings over ours ({comms_logger: {enabled: true}}), none that would change the step."""
 
+    @property
+    def offloads(self) -> bool:
+        """Whether anything is kept off the GPU."""
+        return self.offload_optimizer != "none" or self.offload_params != "none"
+
+    def uses_deepspeed(self, num_ranks: int) -> bool:
+        """Whether `kind` means DeepSpeed for so many ranks; only DeepSpeed offloads, on one of them too."""
+        return self.kind == "deepspeed" or (self.kind == "auto" and (num_ranks > 1 or self.offloads))
+
 
 class LaunchConfig(_Section):
     """How many processes."""

@@ -10,10 +10,11 @@ import pyarrow as pa
 import xxhash
 from tokenizers import Tokenizer
 
+from burnish.config.row_rules import Policy
 from burnish.data.format import RowFormat, to_conversation
 from burnish.data.mask import Encoded, Encoder
 from burnish.data.messages import ROLES
-from burnish.data.problems import Policy, RowProblem
+from burnish.data.problems import RowProblem
 from burnish.data.rows import Row
 from burnish.data.store import index_batch, tokens_batch
 from burnish.data.texts import Mender

@@ -9,9 +9,10 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
+from burnish.config.row_rules import RULES, Policy
 from burnish.config.schema import SourceConfig
 from burnish.data.messages import normal_messages, ordered_turns
-from burnish.data.problems import RULES, Policy, RowProblem, shorten
+from burnish.data.problems import RowProblem, shorten
 from burnish.data.rows import Row
 from burnish.data.texts import Mender, as_text, clean_value, is_missing, parsed_json
 from burnish.data.tools import normal_tools

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from burnish.config.row_rules import misnamed_rules
+from burnish.config.row_rules import RULES, Policy, misnamed_rules
 from burnish.config.schema import DataConfig
-from burnish.data.problems import RULES, Policy
 from burnish.errors import ConfigError
 
 

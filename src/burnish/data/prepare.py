@@ -14,6 +14,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, final
 
+from burnish.config.row_rules import RULES
 from burnish.config.schema import Config, DataConfig, SourceConfig
 from burnish.data.cache import (
     FORMAT_VERSION,
@@ -33,7 +34,7 @@ from burnish.data.load import FileFacts, Row, expand_source, file_facts, read_ro
 from burnish.data.mask import Encoder
 from burnish.data.parallel import map_in_order
 from burnish.data.policies import resolve_policies
-from burnish.data.problems import RULES, shorten
+from burnish.data.problems import shorten
 from burnish.data.progress import progress
 from burnish.data.report import bad_fraction_problem, build_report
 from burnish.data.stamp import date_of_run, stamps_dates

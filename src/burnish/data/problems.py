@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from burnish.config.row_rules import RULES, Policy, Rule
-
-__all__ = ["RULES", "Policy", "RowProblem", "Rule", "shorten"]
+from burnish.config.row_rules import RULES
 
 
 class RowProblem(Exception):

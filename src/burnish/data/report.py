@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 
+from burnish.config.row_rules import RULES
 from burnish.config.schema import DataConfig
 from burnish.data.policies import counts_as_bad
-from burnish.data.problems import RULES
 from burnish.data.store import ExampleStore, Part
 from burnish.errors import Problem
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, final
 
+from burnish.config.row_rules import RULES, Policy
 from burnish.config.schema import DataConfig
 from burnish.data.encode import BatchResult, Finding
 from burnish.data.policies import fate
-from burnish.data.problems import RULES, Policy
 from burnish.errors import Problem
 
 NUM_PLACES = 5

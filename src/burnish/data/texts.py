@@ -7,7 +7,8 @@ import math
 from collections.abc import Mapping
 from typing import Any, final
 
-from burnish.data.problems import RULES, Policy, RowProblem, shorten
+from burnish.config.row_rules import RULES, Policy
+from burnish.data.problems import RowProblem, shorten
 
 
 @final

@@ -19,13 +19,12 @@ from burnish.errors import ConfigError, MachineError, Problem
 from burnish.model.forward import SupervisedModel
 from burnish.model.load import COMPUTE_DTYPES
 from burnish.model.sequence_attention import share_sequence
-from burnish.plan.memory import uses_deepspeed
 from burnish.runtime import Ranks, log
 
 
 def engine_kind(config: Config, ranks: Ranks) -> Literal["local", "deepspeed"]:
     """`engine.kind`, with auto resolved: DeepSpeed for several processes or offloading, else local."""
-    return "deepspeed" if uses_deepspeed(config, ranks.world_size) else "local"
+    return "deepspeed" if config.engine.uses_deepspeed(ranks.world_size) else "local"
 
 
 def parameter_dtype(config: Config, ranks: Ranks) -> torch.dtype:

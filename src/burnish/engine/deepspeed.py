@@ -196,13 +196,8 @@ class DeepSpeedEngine(Engine):
         if isinstance(self._optimizer, MuonAdamW) and self._stage > 0:
             self._optimizer.locate(shards_of_zero(self._engine.optimizer, groups, self._stage, ranks))
         self._uses_nvme = uses_nvme(config)
-        if swaps_optimizer(config):
-            keep_gradients_in_memory(self._engine.optimizer.optimizer_swapper)
-        if swaps_weights(config):
-            for swapper in swappers_of_weights(model):
-                ask_once(swapper)
         if self._uses_nvme:
-            weakref.finalize(self, remove_swap_files, nvme_folder(config), ranks.rank)
+            self._prepare_swapping(config)
         # Stage 0 is the one case where DeepSpeed applies whatever it is given, NaN included, and
         # measures nothing: there we reduce, look, and clip before we let it step.
         self._max_grad_norm = config.optim.max_grad_norm
@@ -210,6 +205,15 @@ class DeepSpeedEngine(Engine):
         if self._stage == 0:
             self._engine.enable_backward_allreduce = False
             self._engine.torch_autocast_z0_gradscaler = None  # ours is in `forward_backward`
+
+    def _prepare_swapping(self, config: Config) -> None:
+        """What DeepSpeed needs to swap to NVMe as it should, and to leave nothing there."""
+        if swaps_optimizer(config):
+            keep_gradients_in_memory(self._engine.optimizer.optimizer_swapper)
+        if swaps_weights(config):
+            for swapper in swappers_of_weights(self._engine.module):
+                ask_once(swapper)
+        weakref.finalize(self, remove_swap_files, nvme_folder(config), self._ranks.rank)
 
     @property
     def device(self) -> torch.device:

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 
 from burnish.config.schema import Config
 from burnish.plan.counts import WindowCounts
-from burnish.plan.memory import uses_deepspeed
 from burnish.plan.optimizer_state import optimizer_bytes, trainable_params
 from burnish.plan.shapes import ModelShape
 
@@ -76,7 +75,7 @@ def train_seconds(
 
 def checkpoint_bytes(config: Config, shape: ModelShape, world_size: int) -> int:
     """One checkpoint: weights, masters and both moments of what is trained."""
-    sharded = uses_deepspeed(config, world_size) and config.engine.zero_stage > 0
+    sharded = config.engine.uses_deepspeed(world_size) and config.engine.zero_stage > 0
     masters = sharded and config.model.dtype != "fp32"
     return trainable_params(config, shape) * (6 if masters else 4) + optimizer_bytes(config, shape)
 

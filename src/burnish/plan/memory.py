@@ -99,14 +99,6 @@ class _Setup:
         return int(num / self.ranks) if self.stage >= from_stage else int(num)
 
 
-def uses_deepspeed(config: Config, world_size: int) -> bool:
-    """Whether `engine.kind` means DeepSpeed for this many ranks."""
-    engine = config.engine
-    # Only DeepSpeed offloads: who asks for it on one GPU means that.
-    offloads = engine.offload_optimizer != "none" or engine.offload_params != "none"
-    return engine.kind == "deepspeed" or (engine.kind == "auto" and (world_size > 1 or offloads))
-
-
 def estimate_memory(
     config: Config,
     shape: ModelShape,
@@ -146,7 +138,7 @@ def estimate_memory(
 
 
 def _read(config: Config, shape: ModelShape, world_size: int, accumulates: bool, device_type: str) -> _Setup:
-    stage = config.engine.zero_stage if uses_deepspeed(config, world_size) else 0
+    stage = config.engine.zero_stage if config.engine.uses_deepspeed(world_size) else 0
     whole, element = config.adapter is None, 4 if config.model.dtype == "fp32" else 2
     trainable = trainable_params(config, shape)
     quantize = config.adapter is not None and config.adapter.quantize is not None

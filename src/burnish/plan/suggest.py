@@ -8,7 +8,7 @@ from typing import Any
 from burnish.config.schema import Config
 from burnish.plan.auto import USABLE_MEMORY
 from burnish.plan.counts import WindowCounts
-from burnish.plan.memory import estimate_memory, uses_deepspeed
+from burnish.plan.memory import estimate_memory
 from burnish.plan.shapes import ModelShape
 
 
@@ -60,7 +60,7 @@ def _cheapest_first(config: Config, counts: WindowCounts, world_size: int) -> It
     if rank < 1:
         yield {"model.activation_checkpointing": "light"}
     quantized = config.adapter is not None and config.adapter.quantize is not None
-    has_zero = uses_deepspeed(config, world_size)
+    has_zero = config.engine.uses_deepspeed(world_size)
     engine = {} if has_zero else {"engine.kind": "deepspeed"}
     if world_size > 1:
         for stage in range(config.engine.zero_stage + 1 if has_zero else 1, 3 if quantized else 4):
@@ -93,6 +93,5 @@ def _consistent(config: Config, keys: Mapping[str, Any], world_size: int) -> boo
     sharded = trial.adapter is not None and trial.adapter.quantize and trial.engine.zero_stage == 3
     new_adapter = config.adapter is None and "adapter.quantize" in keys and "adapter.kind" not in keys
     homeless = trial.engine.offload_params != "none" and trial.engine.zero_stage < 3
-    offloads = trial.engine.offload_optimizer != "none" or trial.engine.offload_params != "none"
-    alone = offloads and not uses_deepspeed(trial, world_size)
+    alone = trial.engine.offloads and not trial.engine.uses_deepspeed(world_size)
     return not (sharded or new_adapter or homeless or alone)

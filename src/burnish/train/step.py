@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -46,11 +47,12 @@ def train_step(
         passes only; who knows the plan adds the fraction.
     """
     started = time.perf_counter()
-    attempt = _attempt(engine, window, feed, ranks, lr, stop_asked)
+    attempts = [_attempt(engine, window, feed, ranks, lr, stop_asked)]
     # A step that fp16's range was too small for is not lost: its examples would be left out of the epoch.
-    while attempt.result.may_repeat and math.isfinite(attempt.nll_sum):
+    while attempts[-1].result.may_repeat and math.isfinite(attempts[-1].nll_sum):
         log.info("Step %d: gradients overflow fp16. Again, with a smaller loss scale.", window.step)
-        attempt = _attempt(engine, window, feed, ranks, lr, stop_asked)
+        attempts.append(_attempt(engine, window, feed, ranks, lr, stop_asked))
+    attempt = attempts[-1]
     seconds = time.perf_counter() - started
     stats = StepStats(
         step=window.step,
@@ -66,7 +68,7 @@ def train_step(
         peak_memory_bytes=peak_memory_bytes(engine.device),
         example_ids=tuple(int(i) for i in window.example_ids),
         num_micro_batches=len(window.cuts[ranks.rank]),
-        phase_seconds=_phase_seconds(attempt, seconds, engine.device),
+        phase_seconds=_phase_seconds(attempts, seconds, engine.device),
     )
     return stats, attempt.stop_asked
 
@@ -105,14 +107,17 @@ def _attempt(
     return _Attempt(nll_sum, num_asked > 0, result, data_seconds, update_seconds)
 
 
-def _phase_seconds(attempt: _Attempt, seconds: float, device: torch.device) -> dict[str, float]:
-    """Where the time of a step went, see `StepStats.phase_seconds`."""
-    forward, backward = attempt.result.forward_seconds, attempt.result.backward_seconds
-    if forward is None or backward is None:
-        return {}
-    named = {"data": attempt.data_seconds, "forward": forward, "backward": backward}
+def _phase_seconds(attempts: Sequence[_Attempt], seconds: float, device: torch.device) -> dict[str, float]:
+    """Where the time of a step went, in all attempts at it: see `StepStats.phase_seconds`."""
+    named = {"data": sum(attempt.data_seconds for attempt in attempts), "forward": 0.0, "backward": 0.0}
+    for attempt in attempts:
+        forward, backward = attempt.result.forward_seconds, attempt.result.backward_seconds
+        if forward is None or backward is None:
+            return {}
+        named["forward"] += forward
+        named["backward"] += backward
     if device.type == "cuda":
         # The host waits in `step` for what it queued before, so its own clock says nothing of the update.
         return {**named, "update": max(0.0, seconds - sum(named.values())), "other": 0.0}
-    named["update"] = attempt.update_seconds
+    named["update"] = sum(attempt.update_seconds for attempt in attempts)
     return {**named, "other": seconds - sum(named.values())}
