@@ -12,7 +12,7 @@ from torch import nn
 
 from burnish.engine.gradients import ROW_NUMBERS, clip_gradients, global_grad_norm
 from burnish.engine.phases import PhaseClock
-from burnish.model.head import MIN_CHUNK_ROWS, HeadShape, _chunk_rows, supervised_loss
+from burnish.model.head import CHUNK_ROWS, HeadShape, supervised_loss
 from burnish.runtime import keep_freed_memory
 
 
@@ -47,17 +47,9 @@ def test_clipping_is_torchs(max_norm) -> None:
     torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-6, atol=0)
 
 
-@pytest.mark.parametrize("num", [0, 1, 1024, 1025, 1280, 1281, 2105, 5000])
-def test_chunks_are_even_and_not_much_larger_than_meant(num) -> None:
-    rows = _chunk_rows(num)
-    assert 1 <= rows <= 1.25 * MIN_CHUNK_ROWS
-    sizes = [min(rows, num - begin) for begin in range(0, num, rows)]
-    assert sum(sizes) == num and (not sizes or rows - min(sizes) < len(sizes) + 1)
-
-
 def test_a_loss_over_several_chunks_is_one() -> None:
     generator = torch.Generator().manual_seed(0)
-    hidden = torch.randn(2 * MIN_CHUNK_ROWS + 57, 8, generator=generator, requires_grad=True)
+    hidden = torch.randn(2 * CHUNK_ROWS + 57, 8, generator=generator, requires_grad=True)
     weight = torch.randn(11, 8, generator=generator, requires_grad=True)
     targets = torch.randint(11, (len(hidden),), generator=generator)
     ones = torch.ones(len(hidden))

@@ -35,7 +35,7 @@ def formula(logits, targets, weights, objective) -> torch.Tensor:
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("rows", [8, 1024])
 def test_smoothing_and_z_loss_in_the_head(monkeypatch, rows, shape, objective):
-    monkeypatch.setattr(head_module, "MIN_CHUNK_ROWS", rows)
+    monkeypatch.setattr(head_module, "CHUNK_ROWS", rows)
     monkeypatch.setattr(head_module, "BLOCK_BYTES_CPU", 3 * 4 * 53)
     torch.manual_seed(0)
     hidden = torch.randn(37, 16, dtype=torch.float64).requires_grad_()

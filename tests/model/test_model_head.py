@@ -33,7 +33,7 @@ def plain(hidden, weight, bias, targets, weights, shape):
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("rows", [8, 1024])
 def test_value_and_gradients(monkeypatch, shape, bias, rows):
-    monkeypatch.setattr(head_module, "MIN_CHUNK_ROWS", rows)
+    monkeypatch.setattr(head_module, "CHUNK_ROWS", rows)
     monkeypatch.setattr(head_module, "BLOCK_BYTES_CPU", 3 * 4 * 53)
     inputs = problem(bias=bias)
     leaves = [t for t in inputs[:3] if t is not None]
@@ -57,7 +57,7 @@ def test_nothing_supervised_still_touches_the_head():
 
 
 def test_one_chunk_of_logits_at_a_time(monkeypatch):
-    monkeypatch.setattr(head_module, "MIN_CHUNK_ROWS", 8)
+    monkeypatch.setattr(head_module, "CHUNK_ROWS", 8)
     inner, chunks, living = head_module._Work.nll_and_gradient, [], []
 
     def remembered(*arguments):
@@ -99,7 +99,7 @@ def test_bf16_chunks_are_summed_in_fp32(monkeypatch):
         t.detach().float().requires_grad_() if t is not None and t.is_floating_point() else t for t in inputs
     ]
     (expected,) = torch.autograd.grad(plain(*exact, HeadShape()), exact[1])
-    monkeypatch.setattr(head_module, "MIN_CHUNK_ROWS", 64)
+    monkeypatch.setattr(head_module, "CHUNK_ROWS", 64)
     supervised_loss(*inputs, HeadShape()).backward()
     gap = (inputs[1].grad.float() - expected).norm() / expected.norm()
     assert gap < 5e-3
