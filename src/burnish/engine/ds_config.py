@@ -13,6 +13,8 @@ from burnish.config.schema import Config
 BUCKET_ELEMENTS = 50_000_000
 """Gradients reduced, and weights gathered, at once. DeepSpeed's own 500 million reserve 1 to 2 GB
 for each buffer and are no faster from a few ten million on."""
+BUCKET_ELEMENTS_CPU = 5_000_000
+"""At stages 1 and 2 on CPUs, where a message is no more than a copy."""
 FIRST_LOSS_SCALE_POWER = 12
 """Of two. 2^16, where DeepSpeed and torch start, overflows in the first steps of most language models."""
 SWAPPED_ELEMENTS = 100_000_000
@@ -110,13 +112,17 @@ def _zero_section(config: Config, on_gpu: bool, sizes: ModelSizes) -> dict[str, 
     section: dict[str, Any] = {"stage": stage}
     if stage == 0:
         return section
+    bucket = BUCKET_ELEMENTS if on_gpu or stage == 3 else BUCKET_ELEMENTS_CPU
     section |= {
-        "reduce_bucket_size": min(BUCKET_ELEMENTS, sizes.trainable),
+        "reduce_bucket_size": min(bucket, sizes.trainable),
         "overlap_comm": on_gpu,
         "contiguous_gradients": True,
     }
     if stage < 3:
         section["allgather_bucket_size"] = BUCKET_ELEMENTS
+        # Either way DeepSpeed sums a bucket over all ranks, and each takes its part of it. What it calls
+        # reduce_scatter copies the bucket first, which on a CPU is a tenth of a step.
+        section["reduce_scatter"] = on_gpu
     else:
         section["stage3_prefetch_bucket_size"] = BUCKET_ELEMENTS
         section["zero_hpz_partition_size"] = config.engine.hpz_size

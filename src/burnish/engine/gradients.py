@@ -10,9 +10,11 @@ from torch import nn
 
 from burnish.runtime import Ranks, sum_over_ranks
 
+ALONE_BYTES = 2**20
+"""From this size on a gradient is summed where it stands: latency does not count any more, and copies into a
+bucket and back would."""
 BUCKET_BYTES = 64 * 2**20
-"""Gradients travel in flat buckets of this size: large enough that latency does not count, small
-enough that the copy is not a second set of gradients."""
+"""The others travel in flat buckets of at most this size."""
 ROW_NUMBERS = 4096
 """How much of a gradient is squared and summed in fp32 at once: 1e-7 of the sum at most is lost."""
 
@@ -29,7 +31,14 @@ def sum_gradients(parameters: Sequence[nn.Parameter], ranks: Ranks) -> None:
     """
     if ranks.world_size == 1:
         return
-    for bucket in _buckets(parameters):
+    small: list[nn.Parameter] = []
+    for parameter in parameters:
+        # A sum over ranks wants one run of memory; gradients are laid out as their parameters are.
+        if _num_bytes(parameter) < ALONE_BYTES or not parameter.is_contiguous():
+            small.append(parameter)
+        else:
+            sum_over_ranks(_gradient(parameter), ranks)
+    for bucket in _buckets(small):
         gradients = [_gradient(p) for p in bucket]
         flat = torch.cat([g.reshape(-1) for g in gradients])
         sum_over_ranks(flat, ranks)
@@ -37,6 +46,10 @@ def sum_gradients(parameters: Sequence[nn.Parameter], ranks: Ranks) -> None:
         for gradient in gradients:
             gradient.copy_(flat[offset : offset + gradient.numel()].view_as(gradient))
             offset += gradient.numel()
+
+
+def _num_bytes(parameter: nn.Parameter) -> int:
+    return parameter.numel() * parameter.element_size()
 
 
 def _gradient(parameter: nn.Parameter) -> torch.Tensor:
@@ -50,7 +63,7 @@ def _buckets(parameters: Sequence[nn.Parameter]) -> Iterable[list[nn.Parameter]]
     bucket: list[nn.Parameter] = []
     num_bytes = 0
     for parameter in parameters:
-        size = parameter.numel() * parameter.element_size()
+        size = _num_bytes(parameter)
         if bucket and (num_bytes + size > BUCKET_BYTES or parameter.dtype != bucket[0].dtype):
             yield bucket
             bucket, num_bytes = [], 0

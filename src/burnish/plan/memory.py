@@ -30,6 +30,8 @@ _NF4_BYTES = 0.5 + 4 / 64
 """A weight in 4 bits, and a float of scale for each block of 64."""
 _BUCKET_ELEMENTS = 50_000_000
 """Of DeepSpeed's reduce bucket, at most (engine/ds_config.py)."""
+_BUCKET_ELEMENTS_CPU = 5_000_000
+"""The same at stages 1 and 2 on CPUs."""
 _LIVE_ELEMENTS = 1_000_000_000
 """Weights that ZeRO-3 keeps gathered, and that it makes ready for the optimizer at once, at most:
 DeepSpeed's `stage3_max_live_parameters` and `sub_group_size`."""
@@ -244,7 +246,8 @@ def _zero_buffers(setup: _Setup) -> tuple[int, int, int]:
         # Plain data parallel: buckets of 64 MiB at the step only, where no activations are.
         return 0, 0, 0
     element = 4 if setup.stage == 1 else setup.forward.element
-    bucket = min(_BUCKET_ELEMENTS, setup.trainable) * element
+    most = _BUCKET_ELEMENTS_CPU if setup.forward.on_cpu and setup.stage < 3 else _BUCKET_ELEMENTS
+    bucket = min(most, setup.trainable) * element
     if setup.stage < 3:
         # Beside a GPU one is filled while the other is on its way.
         return bucket if setup.forward.on_cpu else 2 * bucket, 0, 0
