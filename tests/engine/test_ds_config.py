@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from burnish.config.raw_deepspeed import TUNABLE, misspelt_settings, refused_settings, unknown_settings
 from burnish.engine.ds_config import deepspeed_config
+from burnish.engine.ds_workarounds import add_without_copy, measure_by_rows
 from rig.toy import toy_config
 
 
@@ -111,3 +114,32 @@ def test_unknown_settings_are_told_by_the_deepspeed_that_is_installed() -> None:
         ("zero.something_else", "Take it out."),
         ("zero.offload_param.bufer_size", "Did you mean buffer_size?"),
     ]
+
+
+def test_zero_measures_and_adds_up_without_copies() -> None:
+    """The names that the workarounds replace are DeepSpeed's, and what they put there gives the same."""
+    pytest.importorskip("deepspeed")
+    from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
+    from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+
+    assert hasattr(DeepSpeedZeroOptimizer, "_add_to_grad_partition_buffer")
+    assert hasattr(DeepSpeedZeroOptimizer, "get_grad_norm_direct")
+    assert hasattr(DeepSpeedZeroOptimizer_Stage3, "get_grad_norm_direct")
+
+    def norm_of(gradients: list[torch.Tensor], params: list[str], norm_type: int) -> torch.Tensor:
+        assert len(gradients) == len(params) and all(len(g) < 5 for g in gradients)
+        return torch.linalg.vector_norm(torch.cat(gradients), norm_type)
+
+    padding = torch.zeros(7)
+    setattr(padding, "_zero_padding", True)  # noqa: B010 (an attribute that tensors do not have)
+    gradients = [torch.randn(3, 4096), torch.randn(10), torch.zeros(0), padding]
+    zero = SimpleNamespace(get_grad_norm_direct=norm_of, _add_to_grad_partition_buffer=None)
+    measure_by_rows(zero)
+    add_without_copy(zero)
+    expected = torch.linalg.vector_norm(torch.cat([g.flatten() for g in gradients]).double())
+    assert zero.get_grad_norm_direct(gradients, ["a", "b", "c"]).item() == pytest.approx(expected.item())
+    total, part = torch.randn(5), torch.randn(5).bfloat16()
+    right = total + part.float()
+    zero._add_to_grad_partition_buffer(total, part)
+    zero._add_to_grad_partition_buffer(None, part)  # another rank's part
+    assert torch.equal(total, right)

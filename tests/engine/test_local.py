@@ -149,6 +149,29 @@ def test_buckets_hold_everything_in_order(monkeypatch: pytest.MonkeyPatch) -> No
     assert [[p.numel() for p in bucket] for bucket in buckets] == [[3, 4, 2], [30], [1]]
 
 
+def test_large_gradients_are_summed_where_they_stand(monkeypatch: pytest.MonkeyPatch) -> None:
+    summed: list[torch.Tensor] = []
+
+    def as_if_two_ranks_had_the_same(tensor: torch.Tensor, ranks: Ranks) -> torch.Tensor:
+        summed.append(tensor)
+        return tensor.mul_(2)
+
+    monkeypatch.setattr(gradients, "sum_over_ranks", as_if_two_ranks_had_the_same)
+    monkeypatch.setattr(gradients, "ALONE_BYTES", 80)
+    parameters = [nn.Parameter(torch.zeros(n)) for n in (3, 20, 2, 30, 19)]
+    parameters.append(nn.Parameter(torch.zeros(5, 8).T))  # large, and not one run of memory
+    given = [torch.randn(p.shape) for p in parameters]
+    for parameter, gradient in zip(parameters, given, strict=True):
+        parameter.grad = gradient.clone()
+    parameters[3].grad = None  # this rank has none of it
+    given[3].zero_()
+    gradients.sum_gradients(parameters, Ranks(0, 0, 2))
+    for parameter, gradient in zip(parameters, given, strict=True):
+        assert parameter.grad is not None and torch.equal(parameter.grad, 2 * gradient)
+    assert [tensor.numel() for tensor in summed] == [20, 30, 3 + 2 + 19 + 40]
+    assert summed[0] is parameters[1].grad and summed[1] is parameters[3].grad
+
+
 def test_auto_engine_and_dtypes() -> None:
     two = Ranks(0, 0, 2)
     auto = toy_config("out", {"model.dtype": "bf16"})

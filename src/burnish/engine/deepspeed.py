@@ -51,12 +51,14 @@ from burnish.engine.ds_nvme import (
 )
 from burnish.engine.ds_shards import shards_of_zero, share_of, sizes_of
 from burnish.engine.ds_workarounds import (
+    add_without_copy,
     announce_ranks,
     ask_once,
     forget_sums,
     groups_kept_apart,
     join_alone,
     keep_gradients_in_memory,
+    measure_by_rows,
     quieten,
     skip_shm_compile,
     swap_files_left_alone,
@@ -202,7 +204,10 @@ class DeepSpeedEngine(Engine):
         # measures nothing: there we reduce, look, and clip before we let it step.
         self._max_grad_norm = config.optim.max_grad_norm
         self._scale = LossScale(config.model.dtype == "fp16")
-        if self._stage == 0:
+        if self._stage > 0:
+            measure_by_rows(self._engine.optimizer)
+            add_without_copy(self._engine.optimizer)
+        else:
             self._engine.enable_backward_allreduce = False
             self._engine.torch_autocast_z0_gradscaler = None  # ours is in `forward_backward`
 

@@ -81,14 +81,14 @@ def global_grad_norm(parameters: Sequence[nn.Parameter]) -> Float[torch.Tensor, 
     thousand numbers are summed in fp32 and the rows' norms in fp64: as exact as all in fp64, without
     turning every gradient into fp64, which costs 2 % of a step on a CPU.
     """
-    norms = [_row_norms(p.grad) for p in parameters if p.grad is not None]
+    norms = [row_norms(p.grad) for p in parameters if p.grad is not None]
     if not norms:
         return torch.zeros(())
     return torch.linalg.vector_norm(torch.cat(norms), dtype=torch.float64).float()
 
 
-def _row_norms(gradient: torch.Tensor) -> Float[torch.Tensor, " rows"]:
-    """Norms of a gradient cut into rows short enough to be summed in fp32."""
+def row_norms(gradient: torch.Tensor) -> Float[torch.Tensor, " rows"]:
+    """Norms of a gradient cut into rows short enough to be summed in fp32; their norm is the gradient's."""
     flat = gradient.detach().reshape(-1)
     wide = torch.promote_types(flat.dtype, torch.float32)
     whole = flat.numel() // ROW_NUMBERS * ROW_NUMBERS

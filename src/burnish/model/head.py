@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 from burnish.model.objective import PLAIN, Objective
 
 CHUNK_ROWS = 1024
-"""Rows of logits per matrix product: fewer run below the matrix rate, and so do, by 5 to 10 % on a CPU, numbers
+"""Rows of logits per matrix product: fewer run below the matrix rate, and so do, by 5 to 10 % on a CPU, those
 that are no multiple of 64. So chunks are of this size and a rest is by itself; equal chunks were slower."""
 BLOCK_BYTES_CPU = 4 * 2**20
 BLOCK_BYTES_CUDA = 256 * 2**20
