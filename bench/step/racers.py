@@ -14,9 +14,10 @@ import numpy as np
 import torch
 from torch.nn import functional
 
+from burnish.plan import DEFAULT_MICRO_TOKENS
 from burnish.plan.schedule import learning_rate
 from burnish.records import NO_TARGET, Example
-from burnish.runtime import Ranks, keep_freed_memory, pick_device
+from burnish.runtime import Ranks, bound_kernel_caches, keep_freed_memory, pick_device
 from step.cases import LORA, Race
 from step.turns import Turns, forget_peak
 
@@ -53,7 +54,8 @@ def burnish(race: Race, turns: Turns) -> None:
     from burnish.train.step import train_step
 
     device = pick_device(ALONE)
-    keep_freed_memory(device)
+    bound_kernel_caches(device)
+    keep_freed_memory(device, race.shape.widest_bytes(DEFAULT_MICRO_TOKENS))
     engine, feed = own_engine(race, device)
     forget_peak()
     turns.ready({})

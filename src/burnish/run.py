@@ -34,6 +34,7 @@ from burnish.plan import explain_auto, make_plan, resolve_auto, unshared
 from burnish.records import TrainState
 from burnish.report.run_files import write_run_files
 from burnish.runtime import (
+    bound_kernel_caches,
     device_memory_bytes,
     log,
     pick_device,
@@ -65,6 +66,7 @@ def train(config: Config) -> RunResult:
     """
     ranks = ranks_from_environment()
     device = pick_device(ranks)
+    bound_kernel_caches(device)
     quieten_libraries()
     run_dir = Path(config.output_dir)
 
@@ -92,7 +94,8 @@ def train(config: Config) -> RunResult:
     if ranks.is_main:
         log.info("%s\n%s", plan.describe(), capability.reason)
 
-    suit_allocator(device, plan.memory.device.total + plan.memory.host_bytes, memory)
+    in_layers = shape.widest_bytes(counts.max_micro_tokens)
+    suit_allocator(device, plan.memory.device.total + plan.memory.host_bytes, memory, in_layers)
     supervised = SupervisedModel(model, capability, Objective.of(config.train))
     engine = build_engine(config, ranks, device, supervised)
     exporter = Exporter(config, engine, model, tokenizer, template, ranks)

@@ -301,13 +301,36 @@ def free_memory_bytes(root: Path = Path("/")) -> int | None:
     return free
 
 
+_KERNEL_CACHES = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")
+"""Variables that bound oneDNN's cache of compiled products, and that of torch's layer above it (ideep)."""
+_KEPT_KERNELS = 128
+"""A step has some dozen shapes; what is kept for the next one is seldom met again."""
+
+
+def bound_kernel_caches(device: torch.device) -> None:
+    """Have products of few shapes kept compiled on a CPU, instead of torch's 1,024.
+
+    oneDNN compiles a bf16 product for each shape, half a megabyte each, and packed rows are of another length
+    in every step: a process grew by 10 MiB a step, up to 600. Called before the first product; who has set
+    the variables is not overruled.
+
+    Args:
+        device: What is computed on; nothing is done unless that is a CPU.
+    """
+    if device.type == "cpu":
+        for name in _KERNEL_CACHES:
+            os.environ.setdefault(name, str(_KEPT_KERNELS))
+
+
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 """From glibc's malloc.h; mallopt takes C ints and gives 1 for yes."""
 _KEPT_FACTOR = 2
 """Freed memory that is kept lies in pieces: a process has been seen to hold nearly twice what it uses."""
 
 
-def suit_allocator(device: torch.device, needed_bytes: int, free_bytes: int | None) -> bool:
+def suit_allocator(
+    device: torch.device, needed_bytes: int, free_bytes: int | None, largest_bytes: int
+) -> bool:
     """Choose, on a CPU, between speed and the least memory.
 
     A step frees and takes the same tensors of tens of megabytes again and again. Where there is room for it,
@@ -320,27 +343,36 @@ def suit_allocator(device: torch.device, needed_bytes: int, free_bytes: int | No
         device: What it trains on; nothing is done unless that is a CPU.
         needed_bytes: What this process needs by plan.
         free_bytes: What it may take; None where that is not known.
+        largest_bytes: Size of the largest tensor that every layer makes; larger ones come once a step.
 
     Returns:
         Whether freed memory is kept.
     """
     if free_bytes is None or free_bytes >= _KEPT_FACTOR * needed_bytes:
-        return keep_freed_memory(device)
+        return keep_freed_memory(device, largest_bytes)
     if _glibc_allocates(device):
         # A threshold that was set stays; otherwise it grows with what is freed, up to 32 MiB.
         ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 2**18)
     return False
 
 
-def keep_freed_memory(device: torch.device) -> bool:
+_LEAST_MAPPED, _MOST_MAPPED = 2**22, 2**30
+"""Bytes from which on a tensor gets pages of its own."""
+
+
+def keep_freed_memory(device: torch.device, largest_bytes: int = _MOST_MAPPED) -> bool:
     """Have the C library keep memory that was freed, for the next step, instead of returning it.
 
     glibc maps tensors of tens of megabytes anew each time (`M_MMAP_THRESHOLD`, at most 32 MiB by itself) and
     gives back what is free at the end of the heap (`M_TRIM_THRESHOLD`), so that the kernel clears every page
     once a step: up to a fifth of the time.
 
+    Logits and gradients of the head are larger than what layers make and come once a step. Keeping them too
+    gains nothing that could be measured, and their holes take a fifth more memory.
+
     Args:
         device: What is trained on; nothing is done unless that is a CPU.
+        largest_bytes: Tensors up to this size are kept.
 
     Returns:
         Whether it was done: only glibc knows these settings (not musl, macOS or Windows), and memory given
@@ -349,7 +381,8 @@ def keep_freed_memory(device: torch.device) -> bool:
     if not _glibc_allocates(device):
         return False
     libc = ctypes.CDLL(None)
-    kept_bytes, mapped_bytes = 2**31 - 1, 2**30
+    kept_bytes = 2**31 - 1
+    mapped_bytes = min(max(largest_bytes + 2**16, _LEAST_MAPPED), _MOST_MAPPED)  # with room for malloc's own
     return bool(libc.mallopt(_M_MMAP_THRESHOLD, mapped_bytes) and libc.mallopt(_M_TRIM_THRESHOLD, kept_bytes))
 
 

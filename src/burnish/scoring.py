@@ -69,11 +69,12 @@ def evaluate_model(config: Config) -> EvalStats:
     from burnish.engine.local import LocalScorer
     from burnish.model.attention import asked, can_isolate
     from burnish.model.forward import SupervisedModel
-    from burnish.runtime import Ranks, pick_device
+    from burnish.runtime import Ranks, bound_kernel_caches, pick_device
     from burnish.train.evaluate import evaluate
 
     ranks = Ranks(0, 0, 1)
     device = pick_device(ranks)
+    bound_kernel_caches(device)
     tokenizer, template = load_tokenizer(config.model, config.data)
     store = _evaluated(config, prepare(config, tokenizer, template))
     vocabulary = vocabulary_of(tokenizer, config.model)

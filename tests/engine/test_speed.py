@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import subprocess
 import sys
@@ -85,7 +86,7 @@ def resident_mib():
     return int(Path("/proc/self/statm").read_text().split()[1]) * 4096 // 2**20
 
 before = resident_mib()
-kept = suit_allocator(torch.device("cpu"), 2**30, int(sys.argv[1]))
+kept = suit_allocator(torch.device("cpu"), 2**30, int(sys.argv[1]), int(sys.argv[2]))
 for _ in range(3):  # by itself glibc would map fewer and fewer of these
     tensors = [torch.ones(2**20) for _ in range(50)]
     last = torch.ones(2**16)
@@ -96,12 +97,44 @@ print(kept, resident_mib() - before)
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the settings are glibc's")
 @pytest.mark.parametrize(
-    ("free_gib", "kept", "most_mib", "least_mib"), [(3, True, 400, 150), (1, False, 20, 0)]
+    ("free_gib", "largest_mib", "kept", "least_mib", "most_mib"),
+    [(3, 5, True, 150, 400), (3, 4, True, 150, 400), (3, 3, True, 0, 20), (1, 5, False, 0, 20)],
+    ids=["room", "of just that size", "larger than what layers make", "no room"],
 )
-def test_freed_memory_is_kept_only_where_there_is_room(free_gib, kept, least_mib, most_mib) -> None:
-    command = [sys.executable, "-c", _HOLDS_AFTER_FREEING, str(free_gib * 2**30)]
+def test_freed_memory_is_kept_only_where_there_is_room(
+    free_gib, largest_mib, kept, least_mib, most_mib
+) -> None:
+    numbers = [str(free_gib * 2**30), str(largest_mib * 2**20)]
+    command = [sys.executable, "-c", _HOLDS_AFTER_FREEING, *numbers]
     said = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
     assert said[0] == str(kept) and least_mib <= int(said[1]) <= most_mib
+
+
+_GROWS_BY_SHAPES = """
+import os, sys, torch
+from burnish.runtime import bound_kernel_caches
+
+bound_kernel_caches(torch.device("cpu"))
+x, w = torch.randn(1500, 32).bfloat16(), torch.randn(64, 32).bfloat16()
+for tokens in range(1000, 1500):
+    x[:tokens] @ w.T
+    if tokens in (1199, 1499):
+        print(int(open("/proc/self/statm").read().split()[1]) * 4096 // 2**20)
+print(os.environ["LRU_CACHE_CAPACITY"])
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_products_of_ever_new_shapes_take_no_more_memory() -> None:
+    command = [sys.executable, "-c", _GROWS_BY_SHAPES]
+    early, late, kept = (
+        int(word)
+        for word in subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+    )
+    assert late - early <= 70 and kept == 128  # 190 without bounds
+    asked = {**os.environ, "LRU_CACHE_CAPACITY": "1000"}
+    said = subprocess.run(command, capture_output=True, text=True, check=True, env=asked).stdout.split()
+    assert said[2] == "1000"
 
 
 def test_a_confident_and_a_hopeless_target_keep_their_digits() -> None:
