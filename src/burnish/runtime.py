@@ -324,8 +324,8 @@ def bound_kernel_caches(device: torch.device) -> None:
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 """From glibc's malloc.h; mallopt takes C ints and gives 1 for yes."""
-_KEPT_FACTOR = 2
-"""Freed memory that is kept lies in pieces: a process has been seen to hold nearly twice what it uses."""
+_KEPT_FACTOR = 3
+"""Freed memory that is kept lies in pieces: a process has been seen to hold more than twice what it uses."""
 
 
 def suit_allocator(
