@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, get_args
+
+from pydantic import BaseModel
 
 from burnish.errors import Problem
 
@@ -91,6 +93,17 @@ def refused_settings(raw: Mapping[str, Any]) -> Iterator[Problem]:
 
 Names = Mapping[str, "Names | None"]
 """The settings of a section, by name; a section's own below it, None where it is none."""
+
+
+def setting_names(section: type[BaseModel]) -> Names:
+    """The names in a section, and in those below it, from the class that DeepSpeed checks them by."""
+    names: dict[str, Names | None] = {}
+    for name, field in section.model_fields.items():
+        kinds = [field.annotation, *get_args(field.annotation)]
+        below = [kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)]
+        inner = setting_names(below[0]) if below else None
+        names |= {name: inner, field.alias or name: inner}
+    return names
 
 
 def unknown_settings(raw: Mapping[str, Any], known: Names, where: str) -> Iterator[Problem]:

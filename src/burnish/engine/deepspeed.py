@@ -17,20 +17,21 @@ import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, final, get_args
+from typing import Any, final
 
 import deepspeed
 import torch
 from deepspeed.accelerator import get_accelerator
 from deepspeed.ops.op_builder import AsyncIOBuilder  # pyright: ignore[reportAttributeAccessIssue]
+from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from deepspeed.runtime.zero.utils import is_zero_param
 from deepspeed.utils import logger as deepspeed_logger
 from jaxtyping import Float
-from pydantic import BaseModel
 
 from burnish.config.check import unsuited_optimizer
-from burnish.config.raw_deepspeed import Names, unknown_settings
+from burnish.config.raw_deepspeed import Names, setting_names, unknown_settings
 from burnish.config.schema import Config
 from burnish.engine.base import Engine, StepResult
 from burnish.engine.ds_checkpoint import TAG, as_universal, refuse_other_stage, written_by
@@ -116,17 +117,7 @@ def _check_settings(config: Config) -> None:
 
 def known_zero_settings() -> Names:
     """The settings that DeepSpeed has under `zero_optimization`, from the class that it checks them by."""
-    return _names_of(DeepSpeedZeroConfig)
-
-
-def _names_of(section: type[BaseModel]) -> Names:
-    names: dict[str, Names | None] = {}
-    for name, field in section.model_fields.items():
-        kinds = [field.annotation, *get_args(field.annotation)]
-        below = [kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)]
-        inner = _names_of(below[0]) if below else None
-        names |= {name: inner, field.alias or name: inner}
-    return names
+    return setting_names(DeepSpeedZeroConfig)
 
 
 @contextlib.contextmanager
@@ -205,11 +196,17 @@ class DeepSpeedEngine(Engine):
         self._max_grad_norm = config.optim.max_grad_norm
         self._scale = LossScale(config.model.dtype == "fp16")
         if self._stage > 0:
-            measure_by_rows(self._engine.optimizer)
-            add_without_copy(self._engine.optimizer)
+            self._spare_copies()
         else:
             self._engine.enable_backward_allreduce = False
             self._engine.torch_autocast_z0_gradscaler = None  # ours is in `forward_backward`
+
+    def _spare_copies(self) -> None:
+        zero = self._engine.optimizer
+        if not isinstance(zero, BF16_Optimizer):  # stage 1 in bf16, which makes no such copies
+            measure_by_rows(zero)
+        if isinstance(zero, DeepSpeedZeroOptimizer):
+            add_without_copy(zero)
 
     def _prepare_swapping(self, config: Config) -> None:
         """What DeepSpeed needs to swap to NVMe as it should, and to leave nothing there."""

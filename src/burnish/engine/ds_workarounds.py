@@ -135,11 +135,9 @@ def measure_by_rows(zero: Any) -> None:
     Remove when: it measures in fp64 without a copy.
 
     Args:
-        zero: The optimizer of stages 1 to 3. That of stage 1 in bf16 is another class, which copies nothing.
+        zero: `DeepSpeedZeroOptimizer` or `DeepSpeedZeroOptimizer_Stage3`.
     """
-    measure = getattr(zero, "get_grad_norm_direct", None)
-    if measure is None:
-        return
+    measure = zero.get_grad_norm_direct
 
     def measure_rows(gradients: Iterable[torch.Tensor], params: Any, norm_type: int = 2) -> torch.Tensor:
         # Padding at the end of a share is no parameter's; the original leaves it out too.
@@ -158,10 +156,8 @@ def add_without_copy(zero: Any) -> None:
     Remove when: it leaves the cast to `add_`.
 
     Args:
-        zero: The optimizer of stages 1 to 3; nothing is done where it does not add up so.
+        zero: `DeepSpeedZeroOptimizer`.
     """
-    if not hasattr(zero, "_add_to_grad_partition_buffer"):
-        return
 
     def add(total: torch.Tensor | None, part: torch.Tensor) -> None:
         if total is not None:
