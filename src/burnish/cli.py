@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 Flags = Annotated[str, Parameter(allow_leading_hyphen=True, show=False)]
 """CONFIG and dotted flags, in any order of flags, the file first."""
 AsJson = Annotated[bool, Parameter(name="--json", negative=())]
+_USAGE = "Usage: burnish {} [OPTIONS] [CONFIG] [--SECTION.KEY VALUE]..."
 
 app = App(
     name="burnish",
@@ -74,11 +75,9 @@ def init(*data: str, model: str = "MODEL", out: Path = Path("sft.yaml"), force: 
         _say(line)
 
 
-@app.command
+@app.command(usage=_USAGE.format("check"))
 def check(*config: Flags, as_json: AsJson = False) -> None:
     """Check CONFIG, data, template and tokens; print the data report. Loads no weights.
-
-    Takes dotted flags like `train`.
 
     Parameters
     ----------
@@ -92,7 +91,7 @@ def check(*config: Flags, as_json: AsJson = False) -> None:
     _say(json.dumps(report, indent=2) if as_json else text)
 
 
-@app.command
+@app.command(usage=_USAGE.format("view"))
 def view(
     *config: Flags,
     num: Annotated[int | None, Parameter(name=["-n", "--num"])] = None,
@@ -102,8 +101,6 @@ def view(
     row: str | None = None,
 ) -> None:
     """Show examples of CONFIG as the model will see them, trained tokens in colour.
-
-    Takes dotted flags like `train`.
 
     Parameters
     ----------
@@ -128,15 +125,13 @@ def view(
         print(f"Wrote {html}.", file=sys.stderr)  # noqa: T201
 
 
-@app.command
+@app.command(usage=_USAGE.format("plan"))
 def plan(
     *config: Flags,
     options: Annotated[PlanOptions, Parameter(name="*")] = PlanOptions(),  # noqa: B008 - frozen
     as_json: AsJson = False,
 ) -> None:
     """Say what training with CONFIG will do: steps, micro-batches, memory, time, disk.
-
-    Takes dotted flags like `train`.
 
     Parameters
     ----------
@@ -150,7 +145,7 @@ def plan(
     _say(json.dumps(planned.to_dict(), indent=2) if as_json else planned.describe())
 
 
-@app.command
+@app.command(usage=_USAGE.format("train"))
 def train(*config: Flags) -> None:
     """Train as CONFIG says. Keys may be given as flags; flags win over the file.
 
@@ -183,7 +178,7 @@ def train(*config: Flags) -> None:
         _say(f"The result is in {result.final_dir}. Talk to it: burnish chat {result.final_dir}")
 
 
-@app.command
+@app.command(usage=_USAGE.format("launch SCHEDULER"))
 def launch(
     scheduler: Literal["slurm", "k8s", "skypilot"],
     *config: Flags,
@@ -207,7 +202,7 @@ def launch(
         _say(line)
 
 
-@app.command(name="eval")
+@app.command(name="eval", usage=_USAGE.format("eval").replace("[CONFIG]", "[CONFIG|MODEL]"))
 def evaluate(*target: Flags, data: list[str] | None = None, as_json: AsJson = False) -> None:
     """Token-weighted loss and perplexity, per source, of CONFIG's result or of a MODEL folder.
 

@@ -20,7 +20,7 @@ from burnish.checkpoint.retention import list_checkpoints, prune, prune_verified
 from burnish.config.schema import Config, ResumableChange
 from burnish.engine.base import Engine, StepResult
 from burnish.engine.state_files import write_tensors
-from burnish.errors import CheckpointError
+from burnish.errors import CheckpointError, ConfigError
 from burnish.records import MicroBatch, TrainState
 from burnish.runtime import Ranks
 
@@ -209,6 +209,14 @@ def test_damaged_newer_ones_do_not_push_out_the_last_whole_one(tmp_path: Path) -
     (checkpoint_path(tmp_path, 2) / "MANIFEST.json").unlink()
     prune_verified(tmp_path, 1)
     assert checkpoint_path(tmp_path, 1) in committed_paths(tmp_path)
+
+
+def test_a_mistyped_folder_or_number_is_told(tmp_path: Path) -> None:
+    save(tmp_path, 1)
+    for folder, keep in ((tmp_path / "elsewhere", 2), (tmp_path, 0)):
+        with pytest.raises(ConfigError, match="no such folder" if keep else "at least 1"):
+            prune_verified(folder, keep)
+    assert len(committed_paths(tmp_path)) == 1
 
 
 def test_list(tmp_path: Path) -> None:

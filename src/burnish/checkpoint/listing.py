@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from burnish.checkpoint.retention import list_checkpoints
-from burnish.errors import ConfigError, Problem
+from burnish.checkpoint.retention import list_checkpoints, require_folder
 
 
 def checkpoint_table(run: Path, verify: bool) -> tuple[list[str], bool]:
@@ -21,8 +20,7 @@ def checkpoint_table(run: Path, verify: bool) -> tuple[list[str], bool]:
     Raises:
         ConfigError: There is no such folder.
     """
-    if not run.is_dir():
-        raise ConfigError(Problem(str(run), "there is no such folder", "Give a run's output_dir."))
+    require_folder(run)
     found = list_checkpoints(run, verify)
     best_step = next((info.best_eval_step for info in found if not info.problems), None)
     lines = []

@@ -16,7 +16,7 @@ from burnish.checkpoint.manifest import (
     step_of,
     verify,
 )
-from burnish.errors import CheckpointError
+from burnish.errors import CheckpointError, ConfigError, Problem
 from burnish.runtime import log
 
 REMOVED_PREFIX = ".removed-"
@@ -86,9 +86,26 @@ def prune(run_dir: Path, keep: int, protected: Collection[Path] = ()) -> list[Pa
 
 
 def prune_verified(run_dir: Path, keep: int) -> list[Path]:
-    """`prune` for a user at rest (`burnish ckpt prune`): the newest one that verifies stays too."""
+    """`prune` for a user at rest (`burnish ckpt prune`): the newest one that verifies stays too.
+
+    Raises:
+        ConfigError: There is no such folder, or nothing would be kept.
+    """
+    require_folder(run_dir)
+    if keep < 1:
+        raise ConfigError(Problem("--keep", f"is {keep}", "Keep at least 1: a run goes on from the newest."))
     whole = next((path for path in committed_paths(run_dir) if not verify(path)), None)
     return prune(run_dir, keep, [] if whole is None else [whole])
+
+
+def require_folder(run_dir: Path) -> None:
+    """Nothing, if there is a folder; a mistyped one must not look like a run without checkpoints.
+
+    Raises:
+        ConfigError: There is none.
+    """
+    if not run_dir.is_dir():
+        raise ConfigError(Problem(str(run_dir), "there is no such folder", "Give a run's output_dir."))
 
 
 def _best_of(finished: list[Path]) -> list[Path]:
