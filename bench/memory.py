@@ -11,7 +11,8 @@ exporting. Linux only.
 
 The C library keeps freed memory, in pieces, so that a process holds more than is in use. By default it is
 told to give every tensor pages of its own and to return them when the tensor is freed: then the resident set
-is what is in use, which is what a plan can know. `--as-is` measures with the allocator as `train` leaves it.
+is what is in use, and is compared with the plan's parts for tensors. `--as-is` measures with the allocator as
+`train` leaves it, over more steps, and compares with what the plan lets a process keep, too.
 """
 
 from __future__ import annotations
@@ -41,7 +42,8 @@ QWEN = {
     "num_attention_heads": 8, "num_key_value_heads": 2, "intermediate_size": 1408, "vocab_size": 151_936,
     "max_position_embeddings": 16_384, "tie_word_embeddings": True,
 }  # fmt: skip
-NUM_STEPS = 2
+NUM_STEPS, NUM_STEPS_AS_IS = 2, 12
+"""Pieces grow for some steps."""
 _VOCABULARY = 500
 """Token numbers that the data uses; how many there are makes no difference to memory."""
 MIB = 2**20
@@ -108,7 +110,7 @@ CASES = (
 # ------------------------------------------------------------------ the job
 
 
-def write_job(case: Case, folder: Path) -> Path:
+def write_job(case: Case, folder: Path, num_steps: int = NUM_STEPS) -> Path:
     """Write model folder, data and config of a case; returns the config's path."""
     from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast
@@ -128,7 +130,7 @@ def write_job(case: Case, folder: Path) -> Path:
             "cache_dir": str(folder / "cache"),
         },
         "batch": {"micro_tokens": 4096},
-        "train": {"max_steps": NUM_STEPS},
+        "train": {"max_steps": num_steps},
         "launch": {"num_processes": case.num_processes},
         "checkpoint": {"resume": "never"},
         "log": {"trackers": []},
@@ -139,7 +141,7 @@ def write_job(case: Case, folder: Path) -> Path:
     # Two micro-batches a step and rank: gradients of the first are there while the second is computed.
     tokens_per_step = 2 * config["batch"]["micro_tokens"] * case.num_processes
     config["batch"].setdefault("global_tokens", int(tokens_per_step * 0.98))
-    _write_data(folder / "train.jsonl", case.document_tokens, tokens_per_step * (NUM_STEPS + 1))
+    _write_data(folder / "train.jsonl", case.document_tokens, tokens_per_step * (num_steps + 1))
     path = folder / "sft.yaml"
     path.write_text(yaml.safe_dump(config))
     return path
@@ -209,9 +211,9 @@ def _map_every_tensor() -> None:
 
 def run_rank(config_path: Path, as_is: bool) -> None:
     """Train as one rank, and write `memory-RANK.json` beside the config."""
-    from burnish import run
+    from burnish import host_memory, run
     from burnish.config.load import load_config
-    from burnish.runtime import ranks_from_environment, setup_logging
+    from burnish.runtime import pick_device, ranks_from_environment, setup_logging
     from burnish.train import loop
 
     ranks = ranks_from_environment()
@@ -219,6 +221,7 @@ def run_rank(config_path: Path, as_is: bool) -> None:
     if not as_is:
         _map_every_tensor()
     config = load_config(config_path, [])
+    host_memory.bound_kernel_caches(pick_device(ranks))
     _warm_up(config)
     meter = _Meter()
 
@@ -233,7 +236,7 @@ def run_rank(config_path: Path, as_is: bool) -> None:
         return wrapper
 
     if not as_is:
-        run.suit_allocator = lambda *_: False
+        host_memory.FreedMemory.settle = lambda *_: None  # type: ignore[method-assign]
     # The run calls its stages by these names: a meter around each, and nothing else is changed.
     for module, name, phase in (
         (run, "build_model", "load"),
@@ -314,15 +317,17 @@ def measure(case: Case, folder: Path, as_is: bool = False) -> Outcome:
     """
     from burnish.launch import launch
 
-    config = write_job(case, folder)
+    config = write_job(case, folder, NUM_STEPS_AS_IS if as_is else NUM_STEPS)
     how = ["--as-is"] if as_is else []
     code = launch(case.num_processes, [sys.executable, __file__, "--rank", str(config), *how])
     if code != 0:
         raise RuntimeError(f"{case.name}: exit code {code}")
     plan = json.loads((folder / "run" / "plan.json").read_text())
-    planned = dict(plan["memory_bytes"])
+    planned = {name: num for name, num in plan["memory_bytes"].items() if name not in ("process", "total")}
+    if not as_is:
+        del planned["kept"]
     planned["offloaded"] = plan["host_memory_bytes"]
-    planned["total"] += plan["host_memory_bytes"]
+    planned["total"] = sum(planned.values())
     ranks = [json.loads((folder / f"memory-{r}.json").read_text()) for r in range(case.num_processes)]
     return Outcome(case.name, planned, [told["peaks"] for told in ranks])
 

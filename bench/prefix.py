@@ -31,11 +31,12 @@ from burnish.data.prefixes import Prefixes
 from burnish.data.store import ExampleStore
 from burnish.data.windows import WindowPlan, plan_windows
 from burnish.engine.local import LocalEngine
+from burnish.host_memory import keep_freed_memory
 from burnish.model.attention import can_isolate
 from burnish.model.forward import SupervisedModel, to_device
 from burnish.plan import CostModel
 from burnish.records import Example
-from burnish.runtime import Ranks, keep_freed_memory
+from burnish.runtime import Ranks
 from burnish.train.step import Feed, train_step
 
 ALONE = Ranks(0, 0, 1)

@@ -269,7 +269,7 @@ def test_the_plan_is_json_and_says_what_it_must() -> None:
     assert told["checkpoint_steps"] == [30, 60, 90]
     assert told["eval_steps"] == [0, 40, 80, 100]
     assert set(told["memory_bytes"]) == {
-        "weights", "gradients", "optimizer", "activations", "head", "buffers", "total",
+        "weights", "gradients", "optimizer", "activations", "head", "buffers", "process", "kept", "total",
     }  # fmt: skip
     text = plan.describe()
     for part in ("12,800 examples", "100 (100 an epoch)", "3 warm-up", "8,030,261,248", "H100", "of peak"):

@@ -14,10 +14,12 @@ import numpy as np
 import torch
 from torch.nn import functional
 
-from burnish.plan import DEFAULT_MICRO_TOKENS
+from burnish.data.count import count_windows
+from burnish.host_memory import FreedMemory, bound_kernel_caches, keep_freed_memory
+from burnish.plan import make_plan
 from burnish.plan.schedule import learning_rate
 from burnish.records import NO_TARGET, Example
-from burnish.runtime import Ranks, bound_kernel_caches, keep_freed_memory, pick_device
+from burnish.runtime import Ranks, pick_device
 from step.cases import LORA, Race
 from step.turns import Turns, forget_peak
 
@@ -55,7 +57,10 @@ def burnish(race: Race, turns: Turns) -> None:
 
     device = pick_device(ALONE)
     bound_kernel_caches(device)
-    keep_freed_memory(device, race.shape.widest_bytes(DEFAULT_MICRO_TOKENS))
+    counts = count_windows(race.windows, race.store)
+    held = make_plan(race.config, counts, race.shape, 1, device_type=device.type).memory.device
+    freed = FreedMemory(device)
+    freed.settle(held.kept > 0, held.tensors + held.kept, race.shape.widest_bytes(counts.max_micro_tokens))
     engine, feed = own_engine(race, device)
     forget_peak()
     turns.ready({})
@@ -64,6 +69,7 @@ def burnish(race: Race, turns: Turns) -> None:
         window = race.windows.window(step)
         lr = learning_rate(step, race.windows.num_steps, config.optim, config.schedule)
         stats, _ = train_step(engine, window, feed, ALONE, lr)
+        freed.give_back()
         turns.step_done(stats.loss, {"phases": getattr(stats, "phase_seconds", None)})
 
 

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, TrainerCallback
 
-from burnish.runtime import Ranks, keep_freed_memory, pick_device
+from burnish.host_memory import keep_freed_memory
+from burnish.runtime import Ranks, pick_device
 from step.cases import Race
 from step.racers import labels_of, lora_config
 from step.trl_grid import TRL_GRID

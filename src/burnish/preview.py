@@ -83,13 +83,14 @@ def plan_run(config: Config, options: PlanOptions = HERE) -> Plan:
     layout = packed, shape.cost_model(), config.engine.sequence_parallel
     windows = plan_windows(data.train, config.data, config.batch, config.train, parallel, *layout, prefixes)
     counts, choices = count_windows(windows, data.train), explain_auto(asked, config, memory)
-    return make_plan(config, counts, shape, world_size, device, kind, choices)
+    return make_plan(config, counts, shape, world_size, device, kind, choices, memory)
 
 
 def _memory_here(on_gpus: bool, world_size: int) -> int | None:
     """What `train` will find for each rank on this machine; None where the GPUs planned for are elsewhere."""
+    from burnish.host_memory import free_memory_bytes
     from burnish.launch import num_gpus
-    from burnish.runtime import Ranks, device_memory_bytes, free_memory_bytes, pick_device
+    from burnish.runtime import Ranks, device_memory_bytes, pick_device
 
     if not on_gpus:
         free = free_memory_bytes()

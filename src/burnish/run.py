@@ -23,6 +23,7 @@ from burnish.data.vocabulary import require_rows
 from burnish.data.windows import eval_cuts, plan_windows
 from burnish.engine.build import build_engine, model_init_context, parameter_dtype
 from burnish.export import Exporter
+from burnish.host_memory import FreedMemory, bound_kernel_caches
 from burnish.metrics import MetricsWriter
 from burnish.model.attention import asked, can_isolate
 from burnish.model.build import build_model
@@ -34,7 +35,6 @@ from burnish.plan import explain_auto, make_plan, resolve_auto, unshared
 from burnish.records import TrainState
 from burnish.report.run_files import write_run_files
 from burnish.runtime import (
-    bound_kernel_caches,
     device_memory_bytes,
     log,
     pick_device,
@@ -42,7 +42,6 @@ from burnish.runtime import (
     ranks_from_environment,
     smallest_over_ranks,
     start_process_group,
-    suit_allocator,
 )
 from burnish.train.loop import TrainJob
 from burnish.train.loop import train as run_loop
@@ -81,6 +80,7 @@ def train(config: Config) -> RunResult:
     memory = smallest_over_ranks(device_memory_bytes(device, ranks), ranks)
     asked_for, world = config, (shape, ranks.world_size)
     config = resolve_auto(config, *world, memory, device.type)
+    freed = FreedMemory(device)
     context = partial(model_init_context, config, ranks, device)
     model = build_model(config, parameter_dtype(config, ranks), vocabulary, shape.new_tokens, context)
     capability = can_isolate(model, *asked(config))
@@ -90,12 +90,13 @@ def train(config: Config) -> RunResult:
     windows = plan_windows(data.train, config.data, config.batch, config.train, parts, *layout, prefixes)
     choices = explain_auto(asked_for, config, memory)
     counts = count_windows(windows, data.train)
-    plan = make_plan(config, counts, *world, device_type=device.type, choices=choices)
+    plan = make_plan(config, counts, *world, device_type=device.type, choices=choices, memory_bytes=memory)
     if ranks.is_main:
         log.info("%s\n%s", plan.describe(), capability.reason)
 
-    in_layers = shape.widest_bytes(counts.max_micro_tokens)
-    suit_allocator(device, plan.memory.device.total + plan.memory.host_bytes, memory, in_layers)
+    held = plan.memory.device
+    most = held.tensors + held.kept + plan.memory.host_bytes
+    freed.settle(held.kept > 0, most, shape.widest_bytes(counts.max_micro_tokens))
     supervised = SupervisedModel(model, capability, Objective.of(config.train))
     engine = build_engine(config, ranks, device, supervised)
     exporter = Exporter(config, engine, model, tokenizer, template, ranks)
@@ -111,6 +112,7 @@ def train(config: Config) -> RunResult:
         eval_store=data.eval,
         eval_cuts=eval_cuts(data.eval, config.batch, parts, *layout) if data.eval else None,
         recorder=recorder,
+        freed=freed,
         fingerprints=fingerprints(config, serialised(tokenizer), template, data.fingerprint),
         export_best=lambda state: exporter.export(run_dir / "best", state),
         export_final=lambda state: exporter.export(run_dir / "final", state),

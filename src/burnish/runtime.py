@@ -6,21 +6,19 @@ Knows nothing of models or data; everything may import it.
 from __future__ import annotations
 
 import base64
-import ctypes
 import datetime
 import logging
 import os
-import platform
 import random
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
 from burnish.errors import MachineError, Problem
+from burnish.host_memory import free_memory_bytes
 from burnish.rendezvous import complete_environment, in_slurm_step, slurm_environment
 
 if TYPE_CHECKING:
@@ -270,124 +268,6 @@ def device_memory_bytes(device: torch.device, ranks: Ranks) -> int | None:
     import torch
 
     return int(torch.cuda.get_device_properties(device).total_memory)
-
-
-def free_memory_bytes(root: Path = Path("/")) -> int | None:
-    """Host memory that processes may still take: the machine's, or less in a container (cgroups, version 2
-    and 1). None where the system does not say (not Linux).
-
-    Args:
-        root: Where `proc` and `sys` are.
-    """
-    try:
-        lines = (root / "proc/meminfo").read_text().splitlines()
-    except OSError:
-        return None
-    kib = next((int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")), None)
-    if kib is None:
-        return None
-    free = kib * 1024
-    groups = root / "sys/fs/cgroup"
-    for limit, used in (
-        ("memory.max", "memory.current"),
-        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
-    ):
-        try:
-            most, taken = (groups / limit).read_text().strip(), int((groups / used).read_text())
-        except OSError:
-            continue
-        if most != "max":
-            free = min(free, max(0, int(most) - taken))
-    return free
-
-
-_KERNEL_CACHES = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")
-"""Variables that bound oneDNN's cache of compiled products, and that of torch's layer above it (ideep)."""
-_KEPT_KERNELS = 128
-"""A step has some dozen shapes; what is kept for the next one is seldom met again."""
-
-
-def bound_kernel_caches(device: torch.device) -> None:
-    """Have products of few shapes kept compiled on a CPU, instead of torch's 1,024.
-
-    oneDNN compiles a bf16 product for each shape, half a megabyte each, and packed rows are of another length
-    in every step: a process grew by 10 MiB a step, up to 600. Called before the first product; who has set
-    the variables is not overruled.
-
-    Args:
-        device: What is computed on; nothing is done unless that is a CPU.
-    """
-    if device.type == "cpu":
-        for name in _KERNEL_CACHES:
-            os.environ.setdefault(name, str(_KEPT_KERNELS))
-
-
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
-"""From glibc's malloc.h; mallopt takes C ints and gives 1 for yes."""
-_KEPT_FACTOR = 3
-"""Freed memory that is kept lies in pieces: a process has been seen to hold more than twice what it uses."""
-
-
-def suit_allocator(
-    device: torch.device, needed_bytes: int, free_bytes: int | None, largest_bytes: int
-) -> bool:
-    """Choose, on a CPU, between speed and the least memory.
-
-    A step frees and takes the same tensors of tens of megabytes again and again. Where there is room for it,
-    the C library keeps what was freed (`keep_freed_memory`); else it is told to give every larger tensor
-    pages of its own and to return them at once, so that the process holds what the plan says.
-
-    Called by a process that trains, before its first step. Not undone.
-
-    Args:
-        device: What it trains on; nothing is done unless that is a CPU.
-        needed_bytes: What this process needs by plan.
-        free_bytes: What it may take; None where that is not known.
-        largest_bytes: Size of the largest tensor that every layer makes; larger ones come once a step.
-
-    Returns:
-        Whether freed memory is kept.
-    """
-    if free_bytes is None or free_bytes >= _KEPT_FACTOR * needed_bytes:
-        return keep_freed_memory(device, largest_bytes)
-    if _glibc_allocates(device):
-        # A threshold that was set stays; otherwise it grows with what is freed, up to 32 MiB.
-        ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 2**18)
-    return False
-
-
-_LEAST_MAPPED, _MOST_MAPPED = 2**22, 2**30
-"""Bytes from which on a tensor gets pages of its own."""
-
-
-def keep_freed_memory(device: torch.device, largest_bytes: int = _MOST_MAPPED) -> bool:
-    """Have the C library keep memory that was freed, for the next step, instead of returning it.
-
-    glibc maps tensors of tens of megabytes anew each time (`M_MMAP_THRESHOLD`, at most 32 MiB by itself) and
-    gives back what is free at the end of the heap (`M_TRIM_THRESHOLD`), so that the kernel clears every page
-    once a step: up to a fifth of the time.
-
-    Logits and gradients of the head are larger than what layers make and come once a step. Keeping them too
-    gains nothing that could be measured, and their holes take a fifth more memory.
-
-    Args:
-        device: What is trained on; nothing is done unless that is a CPU.
-        largest_bytes: Tensors up to this size are kept.
-
-    Returns:
-        Whether it was done: only glibc knows these settings (not musl, macOS or Windows), and memory given
-        out by another allocator (jemalloc, tcmalloc, preloaded) is not touched by them.
-    """
-    if not _glibc_allocates(device):
-        return False
-    libc = ctypes.CDLL(None)
-    kept_bytes = 2**31 - 1
-    mapped_bytes = min(max(largest_bytes + 2**16, _LEAST_MAPPED), _MOST_MAPPED)  # with room for malloc's own
-    return bool(libc.mallopt(_M_MMAP_THRESHOLD, mapped_bytes) and libc.mallopt(_M_TRIM_THRESHOLD, kept_bytes))
-
-
-def _glibc_allocates(device: torch.device) -> bool:
-    return device.type == "cpu" and platform.libc_ver()[0] == "glibc"
 
 
 def available_cores() -> int:

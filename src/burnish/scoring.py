@@ -67,9 +67,10 @@ def evaluate_model(config: Config) -> EvalStats:
     from burnish.data.windows import eval_cuts
     from burnish.engine.build import COMPUTE_DTYPES
     from burnish.engine.local import LocalScorer
+    from burnish.host_memory import bound_kernel_caches
     from burnish.model.attention import asked, can_isolate
     from burnish.model.forward import SupervisedModel
-    from burnish.runtime import Ranks, bound_kernel_caches, pick_device
+    from burnish.runtime import Ranks, pick_device
     from burnish.train.evaluate import evaluate
 
     ranks = Ranks(0, 0, 1)

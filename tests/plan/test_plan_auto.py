@@ -5,9 +5,10 @@ from pathlib import Path
 import pytest
 
 from burnish.config.schema import Config
+from burnish.host_memory import free_memory_bytes
 from burnish.plan import ModelShape, estimate_memory, explain_auto, fit_micro_tokens, resolve_auto
 from burnish.plan.packing import surely_packed
-from burnish.runtime import Ranks, free_memory_bytes, smallest_over_ranks
+from burnish.runtime import Ranks, smallest_over_ranks
 
 GB = 10**9
 LLAMA_8B = ModelShape.from_config_json({

@@ -71,7 +71,8 @@ def require_equal(planned: Plan, run_dir: Path) -> None:
 
 @pytest.mark.parametrize("case", CASES)
 def test_a_run_does_what_was_planned(case, tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr("burnish.runtime.free_memory_bytes", lambda: 8 * 10**9)  # the same for both
+    for module in ("runtime", "host_memory"):  # the same for both
+        monkeypatch.setattr(f"burnish.{module}.free_memory_bytes", lambda: 8 * 10**9)
     path = write_job(tmp_path, CASES[case])
     planned = plan_run(load_config(path, []))
     train(load_config(path, []))

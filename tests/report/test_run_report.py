@@ -42,7 +42,7 @@ def test_the_page_holds_everything_and_escapes_it(tmp_path):
     text = "\n".join(json.dumps(line) for line in lines) + '\n{"kind": "tr'
     (tmp_path / "metrics.jsonl").write_text(text)
     (tmp_path / "config.yaml").write_text(f"output_dir: {EVIL}\n")
-    (tmp_path / "plan.json").write_text(json.dumps({"num_steps": 1500, "memory_bytes": {"weights": EVIL}}))
+    (tmp_path / "plan.json").write_text(json.dumps({"num_steps": 1500, "memory_bytes": {"total": EVIL}}))
     (tmp_path / "data_report.json").write_text(json.dumps({"sources": [EVIL]}))
     answers = [{"prompt": EVIL, "answer": "a", "before": "b", "after": "a"}]
     page = write_report(tmp_path, answers=answers).read_text()
@@ -59,7 +59,9 @@ def test_the_page_holds_everything_and_escapes_it(tmp_path):
 
 def test_a_run_that_has_just_begun(tmp_path):
     (tmp_path / "metrics.jsonl").write_text(json.dumps(step(1, 2.0)) + "\n")
-    assert "<polyline" in write_report(tmp_path, tmp_path / "a" / "b.html").read_text()
+    (tmp_path / "plan.json").write_text(json.dumps({"memory_bytes": {"total": 3 * 2**29}}))
+    page = write_report(tmp_path, tmp_path / "a" / "b.html").read_text()
+    assert "<polyline" in page and "1.00 GiB, 1.50 GiB planned" in page
     (tmp_path / "metrics.jsonl").write_text("")
     write_report(tmp_path)
 

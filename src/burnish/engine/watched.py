@@ -1,4 +1,4 @@
-"""An engine that tells the watchdog of everything it does."""
+"""An engine whose calls are watched: by the watchdog, and for the memory that they leave."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float
 
 from burnish.engine.base import Engine, StepResult
+from burnish.host_memory import FreedMemory
 from burnish.records import MicroBatch
 from burnish.watchdog import Watchdog
 
@@ -19,12 +20,13 @@ class WatchedEngine(Engine):
     """Hands every call on to `engine`, with a beat before it and one after the long ones.
 
     Micro-batches are what all ranks do in step, in training and in evaluation, so a beat for each
-    tells a slow step from one that hangs.
+    tells a slow step from one that hangs. After each, `freed` may return memory: activations are gone then.
     """
 
-    def __init__(self, engine: Engine, watchdog: Watchdog) -> None:
+    def __init__(self, engine: Engine, watchdog: Watchdog, freed: FreedMemory | None = None) -> None:
         self._engine = engine
         self._beat = watchdog.beat
+        self._freed = freed
         self._num_steps = 0
 
     @property
@@ -35,7 +37,9 @@ class WatchedEngine(Engine):
     def forward_backward(self, micro_batch: MicroBatch, total_weight: float) -> Float[torch.Tensor, ""]:
         """See `Engine.forward_backward`."""
         self._beat(f"a micro-batch, {self._num_steps} steps after the start")
-        return self._engine.forward_backward(micro_batch, total_weight)
+        nll_sum = self._engine.forward_backward(micro_batch, total_weight)
+        self._give_back()
+        return nll_sum
 
     def step(self, lr: float) -> StepResult:
         """See `Engine.step`."""
@@ -48,7 +52,9 @@ class WatchedEngine(Engine):
     def evaluate(self, micro_batch: MicroBatch) -> Float[torch.Tensor, " documents"]:
         """See `Engine.evaluate`."""
         self._beat(f"evaluation, {self._num_steps} steps after the start")
-        return self._engine.evaluate(micro_batch)
+        losses = self._engine.evaluate(micro_batch)
+        self._give_back()
+        return losses
 
     def save_state(self, folder: Path) -> Sequence[Path]:
         """See `Engine.save_state`."""
@@ -69,3 +75,7 @@ class WatchedEngine(Engine):
         weights = self._engine.export_state()
         self._beat("after gathering weights for export")
         return weights
+
+    def _give_back(self) -> None:
+        if self._freed is not None:
+            self._freed.give_back()

@@ -5,12 +5,10 @@ from __future__ import annotations
 from burnish.config.schema import Config
 from burnish.plan.counts import DEFAULT_MICRO_TOKENS
 from burnish.plan.describe import bytes_text
-from burnish.plan.memory import estimate_memory
+from burnish.plan.memory import USABLE_MEMORY, estimate_memory
 from burnish.plan.recomputation import choose_recomputation, with_recomputation
 from burnish.plan.shapes import ModelShape
 
-USABLE_MEMORY = 0.92
-"""Share of a device's memory that a run may plan with: the rest is the driver's and fragmentation's."""
 _MOST_TOKENS = {"cuda": 65_536, "cpu": DEFAULT_MICRO_TOKENS}
 """Tokens of a forward beyond which nothing is gained: a CPU is busy with the default already."""
 

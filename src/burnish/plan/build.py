@@ -6,10 +6,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from burnish.config.schema import Config
-from burnish.plan.auto import USABLE_MEMORY
 from burnish.plan.counts import WindowCounts
 from burnish.plan.effort import Device, checkpoint_bytes, disk_bytes, train_flops, train_seconds
-from burnish.plan.memory import Memory, estimate_memory
+from burnish.plan.memory import USABLE_MEMORY, Memory, estimate_memory, in_process
 from burnish.plan.optimizer_state import trainable_params
 from burnish.plan.schedule import num_warmup_steps
 from burnish.plan.shapes import ModelShape
@@ -103,6 +102,7 @@ def make_plan(
     device: Device | None = None,
     device_type: str = "cuda",
     choices: tuple[str, ...] = (),
+    memory_bytes: int | None = None,
 ) -> Plan:
     """Derive everything that a run will do.
 
@@ -115,10 +115,14 @@ def make_plan(
         device: What each rank has, for time and for whether it fits.
         device_type: `cuda` or `cpu`, whose kernels keep different things.
         choices: What `explain_auto` says of the config.
+        memory_bytes: What each rank may use, where that is known: on a CPU what is more than needed is used
+            to make steps faster.
     """
     share = counts.num_supervised_tokens / max(1, counts.num_tokens)
     tokens, accumulates = counts.max_micro_tokens, counts.micro_batches_max > 1
     memory = estimate_memory(config, model_shape, world_size, tokens, share, accumulates, device_type)
+    if device_type == "cpu":
+        memory = in_process(memory, memory_bytes)
     checkpoint_steps = _every(config.checkpoint.every_steps, counts.num_steps)
     has_eval = config.data.eval is not None or config.data.eval_fraction > 0
     eval_steps = tuple(sorted({0, *_every(config.eval.every_steps, counts.num_steps), counts.num_steps}))

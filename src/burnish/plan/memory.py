@@ -10,8 +10,9 @@ and its parts are the plan's:
     the step      no activations; ZeRO's shard of the gradients made ready for the optimizer
 
 Gradients are there from the first micro-batch of a step on; with one a step, they come as activations go, and
-the larger of the two counts. Everything is what tensors hold. An allocator takes more from the machine: on a
-GPU the caching allocator's fragments, on a CPU what the C library keeps of freed memory.
+the larger of the two counts. All this is what tensors hold. An allocator takes more from the machine: a GPU's
+takes fragments, which are not in the plan; on a CPU the C library keeps freed memory where there is room, and
+the plan has that as a part (`in_process`).
 """
 
 from __future__ import annotations
@@ -35,6 +36,14 @@ _BUCKET_ELEMENTS_CPU = 5_000_000
 _LIVE_ELEMENTS = 1_000_000_000
 """Weights that ZeRO-3 keeps gathered, and that it makes ready for the optimizer at once, at most:
 DeepSpeed's `stage3_max_live_parameters` and `sub_group_size`."""
+_COMPILED_BYTES_CPU = 48 * 2**20
+"""Products that torch compiles for bf16 on a CPU and keeps (`host_memory.bound_kernel_caches`)."""
+_PROCESS_BYTES = 2**29
+"""Of Python and the libraries: 470 to 550 MiB were measured on Linux, with and without DeepSpeed."""
+_KEPT_SHARE = 0.5
+"""Freed memory that the C library keeps, beside what tensors hold at most."""
+USABLE_MEMORY = 0.92
+"""Share of a device's memory that a run may plan with: the rest is the driver's and fragmentation's."""
 _SOFTMAX_BYTES_CPU, _SOFTMAX_BYTES_CUDA = 4 * 2**20, 256 * 2**20
 """fp32 logits worked on at once (model/head.py); three of them exist."""
 
@@ -50,12 +59,21 @@ class MemoryParts:
     head: int
     """Logits of one chunk, and the gradients that the head's loss forms in the forward."""
     buffers: int
-    """Communication buckets, gathered layers, casts."""
+    """Communication buckets, gathered layers, casts, compiled products."""
+    process: int = 0
+    """On a CPU: Python and the libraries."""
+    kept: int = 0
+    """On a CPU: freed memory that is not returned at once."""
 
     @property
     def total(self) -> int:
         """All parts."""
         return sum(asdict(self).values())
+
+    @property
+    def tensors(self) -> int:
+        """What the model needs: all parts but the process and what is kept."""
+        return self.total - self.process - self.kept
 
     def to_dict(self) -> dict[str, int]:
         """By name, with the total."""
@@ -69,6 +87,21 @@ class Memory:
     device: MemoryParts
     host_bytes: int
     nvme_bytes: int
+
+
+def in_process(memory: Memory, free_bytes: int | None) -> Memory:
+    """The memory of a process that trains on a CPU: what tensors need, what Python and the libraries take,
+    and freed memory that is kept, which makes steps faster, if there is room for it.
+
+    Args:
+        memory: What tensors need.
+        free_bytes: What the process may take; None where that is not known.
+    """
+    needed = memory.device.tensors + memory.host_bytes
+    kept = int(needed * _KEPT_SHARE)
+    if free_bytes is not None and needed + kept > free_bytes * USABLE_MEMORY:
+        kept = 0
+    return replace(memory, device=replace(memory.device, process=_PROCESS_BYTES, kept=kept))
 
 
 @dataclass(frozen=True)
@@ -127,6 +160,8 @@ def estimate_memory(
     static = _states(setup)
     supervised = max(1, int(rows * supervised_share))
     peak = max(_moments(setup, static, shape, acts, supervised), key=lambda parts: parts.total)
+    if setup.forward.on_cpu and setup.forward.element == 2:
+        peak = replace(peak, buffers=peak.buffers + _COMPILED_BYTES_CPU)
     offloaded = {"none": 0, "cpu": acts.host, "nvme": 0}
     if setup.offloads:
         # Of each trained weight: master and state, and on the host its gradient too, in fp32 and as it came.

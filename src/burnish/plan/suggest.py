@@ -6,9 +6,8 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from burnish.config.schema import Config
-from burnish.plan.auto import USABLE_MEMORY
 from burnish.plan.counts import WindowCounts
-from burnish.plan.memory import estimate_memory
+from burnish.plan.memory import USABLE_MEMORY, estimate_memory
 from burnish.plan.shapes import ModelShape
 
 

@@ -85,7 +85,7 @@ def _render(run: Path, metrics: Sequence[Mapping[str, Any]], answers: Sequence[M
     return environment.from_string(text).render(
         name=run.resolve().name,
         version=__version__,
-        facts=_facts(train, evals),
+        facts=_facts(train, evals, plan),
         charts=_charts(train, evals),
         plan=_flat(plan),
         data=json.dumps(data, indent=2, ensure_ascii=False) if data else "",
@@ -99,7 +99,9 @@ def _render(run: Path, metrics: Sequence[Mapping[str, Any]], answers: Sequence[M
     )
 
 
-def _facts(train: Sequence[Mapping[str, Any]], evals: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
+def _facts(
+    train: Sequence[Mapping[str, Any]], evals: Sequence[Mapping[str, Any]], plan: Mapping[str, Any]
+) -> list[tuple[str, str]]:
     facts: list[tuple[str, str]] = []
     if train:
         last = train[-1]
@@ -110,7 +112,7 @@ def _facts(train: Sequence[Mapping[str, Any]], evals: Sequence[Mapping[str, Any]
         facts += [("tokens per second", f"{tokens / seconds:,.0f}" if seconds else "unknown")]
         peaks = [line["peak_memory_bytes"] for line in train if line["peak_memory_bytes"]]
         if peaks:
-            facts.append(("peak memory", f"{max(peaks) / 2**30:.2f} GiB"))
+            facts.append(("peak memory", f"{max(peaks) / 2**30:.2f} GiB{_planned_memory(plan)}"))
         split = _time_split(train)
         if split:
             facts.append(("time of the steps", split))
@@ -123,6 +125,13 @@ def _facts(train: Sequence[Mapping[str, Any]], evals: Sequence[Mapping[str, Any]
         facts += [("evaluation loss, last", f"{evals[-1]['loss']:.4f}")]
         facts += [("evaluation loss, best", f"{best['loss']:.4f} at step {best['step']:,}")]
     return facts
+
+
+def _planned_memory(plan: Mapping[str, Any]) -> str:
+    """What was planned of a rank's memory; empty where the file does not say (it may be anybody's)."""
+    parts = plan.get("memory_bytes")
+    total = parts.get("total") if isinstance(parts, dict) else None
+    return f", {total / 2**30:.2f} GiB planned" if isinstance(total, int | float) else ""
 
 
 def _time_split(train: Sequence[Mapping[str, Any]]) -> str:

@@ -17,6 +17,7 @@ from burnish.data.windows import WindowPlan
 from burnish.engine.base import Engine
 from burnish.engine.watched import WatchedEngine
 from burnish.errors import InterruptedRunError, MachineError, Problem, TrainingStoppedError
+from burnish.host_memory import FreedMemory
 from burnish.plan import learning_rate
 from burnish.records import EvalStats, StepStats, TrainState, Window
 from burnish.runtime import Ranks, barrier, log, seed_everything
@@ -54,6 +55,8 @@ class TrainJob:
     recorder: Recorder
     fingerprints: Mapping[str, str]
     """What a resumed run must share, by name: see `TrainState.fingerprints`."""
+    freed: FreedMemory | None = None
+    """What becomes of memory that tensors on a CPU leave."""
     export_best: Callable[[TrainState], None] | None = None
     """Called on every rank when an evaluation was the best so far."""
     export_final: Callable[[TrainState], None] | None = None
@@ -86,7 +89,7 @@ def train(job: TrainJob) -> TrainState:
     timeout_seconds = job.config.launch.hang_timeout_seconds
     with StopRequest() as stop:
         with Watchdog(job.run_dir, job.ranks, timeout_seconds) as watchdog:
-            watched = replace(job, engine=WatchedEngine(job.engine, watchdog))
+            watched = replace(job, engine=WatchedEngine(job.engine, watchdog, job.freed))
             state, keeper = _run(watched, stop)
         _finish(job, keeper, state)
     return state
