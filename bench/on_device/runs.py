@@ -154,7 +154,7 @@ def _measured(run_dir: Path, goal: float, rate: float) -> dict[str, Any]:
     steps = [line for line in lines if line["kind"] == "train"][WARM_STEPS:]
     plan = json.loads((run_dir / "plan.json").read_text())
     per_second = statistics.median(line["num_tokens"] / line["seconds"] for line in steps)
-    planned = sum(plan["memory_bytes"].values())
+    planned = plan["memory_bytes"]["total"]
     flops_per_token = plan["flops"] / plan["num_tokens"]
     return {
         "optimizer": _optimizer_of(run_dir),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -53,6 +54,13 @@ MODELS: Mapping[str, Mapping[str, Any]] = {
     },
 }
 LORA = {"kind": "lora", "rank": 64, "alpha": 128.0}
+
+
+def python_path() -> str:
+    """Where child processes find `step` and Burnish, before whatever this one was told."""
+    root = Path(__file__).parents[2]
+    told = os.environ.get("PYTHONPATH")
+    return os.pathsep.join([str(root / "bench"), str(root / "src"), *([told] if told else [])])
 
 
 @dataclass(frozen=True)

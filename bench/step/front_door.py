@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from step.cases import MODELS
+from step.cases import MODELS, python_path
 
 BENCH = Path(__file__).parents[1]
 SMALL = {"hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -50,7 +50,7 @@ def train(folder: Path, flags: Sequence[str], python_threads: int | None = None)
     }
     command = [sys.executable, "-m", "burnish", "train"]
     command += [part for key, value in base.items() for part in (f"--{key}", str(value))]
-    env = {**os.environ, "PYTHONPATH": str(BENCH.parent / "src")}
+    env = {**os.environ, "PYTHONPATH": python_path()}
     if python_threads is not None:
         env["OMP_NUM_THREADS"] = str(python_threads)
     started = time.perf_counter()

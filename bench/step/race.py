@@ -15,7 +15,7 @@ from typing import Any
 
 from burnish.plan.shapes import ModelShape
 from burnish.runtime import available_cores
-from step.cases import Case, read_race, write_case
+from step.cases import Case, python_path, read_race, write_case
 from step.trl_grid import TRL_GRID
 
 BENCH = Path(__file__).parents[1]
@@ -57,7 +57,7 @@ class Racer:
         self.name = name
         self._log = (folder / f"{name}.log").open("w+")
         env = dict(os.environ)
-        env["PYTHONPATH"] = os.pathsep.join([str(BENCH), str(BENCH.parent / "src")])
+        env["PYTHONPATH"] = python_path()
         env.setdefault("OMP_NUM_THREADS", str(available_cores()))
         if device == "cpu":
             env["CUDA_VISIBLE_DEVICES"] = ""
@@ -128,7 +128,7 @@ def run_curve(case: Case, rows: Sequence[Any], device: str) -> dict[str, Any]:
 def _judged(folder: Path, module: str, *args: str) -> dict[str, Any]:
     """What a judge, a process of its own, says of the case in the folder."""
     env = dict(os.environ)
-    env["PYTHONPATH"] = os.pathsep.join([str(BENCH), str(BENCH.parent / "src")])
+    env["PYTHONPATH"] = python_path()
     command = [sys.executable, "-m", module, str(folder), *args]
     done = subprocess.run(command, capture_output=True, text=True, env=env, cwd=BENCH, check=False)
     if done.returncode:

@@ -13,6 +13,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
+import torch
+
 
 class RaceOver(BaseException):
     """No further turn: leave whatever loop is running."""
@@ -56,7 +58,7 @@ class Turns:
         self._started = time.perf_counter()
 
     def _answer(self, what: Mapping[str, Any]) -> None:
-        memory = {"peak_bytes": peak_bytes(), "bytes": resident_bytes()}
+        memory = {"peak_bytes": peak_bytes(), "bytes": held_bytes()}
         self._answers.write(json.dumps({**what, **memory}) + "\n")
         self._answers.flush()
 
@@ -84,18 +86,20 @@ def give_memory_back() -> None:
         ctypes.CDLL(None).malloc_trim(0)
 
 
-def resident_bytes() -> int:
-    """Memory of this process now."""
-    return _status("VmRSS")
+def held_bytes() -> int:
+    """Memory now: what tensors hold on a GPU that is in use, else what this process holds."""
+    return torch.cuda.memory_allocated() if torch.cuda.is_initialized() else _status("VmRSS")
 
 
 def peak_bytes() -> int:
-    """Most memory of this process since `forget_peak`."""
-    return _status("VmHWM")
+    """The most since `forget_peak`."""
+    return torch.cuda.max_memory_allocated() if torch.cuda.is_initialized() else _status("VmHWM")
 
 
 def forget_peak() -> None:
-    """Let the peak begin at what is resident now."""
+    """Let the peak begin at what is held now."""
+    if torch.cuda.is_initialized():
+        torch.cuda.reset_peak_memory_stats()
     Path("/proc/self/clear_refs").write_text("5")
 
 

@@ -115,6 +115,7 @@ def test_offload_moves_inputs_of_layers_and_nothing_else(monkeypatch: pytest.Mon
     assert moved == [(1, 44, 32)] * 2
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: on a CPU nothing has to move")
 def test_offloaded_inputs_leave_the_gpu() -> None:
     held = {}

@@ -11,6 +11,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from burnish.config.schema import AdapterConfig
 from burnish.data.collate import collate
 from burnish.model import document_attention as ours
+from burnish.model import varlen as kernels
 from burnish.model.adapt import adapt
 from burnish.model.anatomy import causal_model
 from burnish.model.attention import can_isolate
@@ -93,13 +94,49 @@ def varlen(q, k, v, bounds, key_bounds, *_, scale, window_size, **__):
 @pytest.mark.parametrize("window", [None, 6])
 def test_varlen_is_given_the_right_sequences(window, monkeypatch):
     """The CUDA path with FlashAttention written out: everything but the kernel."""
-    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", varlen)
+    use_kernel(varlen, monkeypatch)
     inputs = heads()
     q, k, v = (x[0].transpose(0, 1) for x in inputs)
     out = shared_varlen_attention(q, k, v, mask_of(), 0.3, window)
     assert_same(inputs, out, written_out(*inputs, 0.3, window), rtol=1e-5, atol=2e-6)
 
 
+def use_kernel(kernel, monkeypatch):
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", kernel)
+    monkeypatch.setattr(kernels, "_parameters", kernels._parameters.__wrapped__)
+
+
+def of_2_10(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, is_causal=False, return_aux=None):
+    raise AssertionError("cannot be told a scale")
+
+
+def of_2_11(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, return_aux=None, scale=None,
+            window_size=(-1, -1)):  # fmt: skip
+    return varlen(query, key, value, cu_seq_q, cu_seq_k, scale=scale, window_size=window_size)
+
+
+def of_2_13(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, return_aux=None, scale=None,
+            window_size=(-1, -1), enable_gqa=False, seqused_k=None, num_splits=None):  # fmt: skip
+    assert enable_gqa == (query.shape[1] != key.shape[1])
+    return varlen(query, key, value, cu_seq_q, cu_seq_k, scale=scale, window_size=window_size)
+
+
+@pytest.mark.parametrize("kernel", [of_2_10, of_2_11, of_2_13], ids=["2.10", "2.11", "2.13"])
+@pytest.mark.parametrize("key_heads", [2, 4])
+def test_the_kernel_is_called_as_each_version_wants(kernel, key_heads, monkeypatch):
+    use_kernel(kernel, monkeypatch)
+    fits = kernels.fits_varlen(torch.zeros(1, 4, 3, 64, dtype=torch.bfloat16))
+    assert fits == (kernel is not of_2_10)
+    assert not kernels.fits_varlen(torch.zeros(1, 4, 3, 60, dtype=torch.bfloat16))  # no multiple of 8
+    assert not kernels.fits_varlen(torch.zeros(1, 4, 3, 64))  # fp32
+    if fits:
+        inputs = heads(key_heads)
+        q, k, v = (x[0].transpose(0, 1) for x in inputs)
+        out = shared_varlen_attention(q, k, v, mask_of(), 0.3, None)
+        assert_same(inputs, out, written_out(*inputs, 0.3, None), rtol=1e-5, atol=2e-6)
+
+
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("window", [None, 6])
 def test_varlen_on_cuda(window):

@@ -167,7 +167,7 @@ class DeepSpeedEngine(Engine):
         self._stage = config.engine.zero_stage
         self._adapter_only = config.adapter is not None
         self._optimizer_name = config.optim.name
-        _share_whole_weights(model, ranks)
+        _share_whole_weights(model, ranks, device)
         if self._stage == 3:
             # The loss uses the head's matrix directly, so ZeRO-3 must gather it with this module.
             for parameter in model.external_parameters():
@@ -385,7 +385,7 @@ class DeepSpeedEngine(Engine):
 
 
 @torch.no_grad()
-def _share_whole_weights(model: torch.nn.Module, ranks: Ranks) -> None:
+def _share_whole_weights(model: torch.nn.Module, ranks: Ranks, device: torch.device) -> None:
     """Give every rank rank 0's fresh weights; partitioned ones are shared already.
 
     DeepSpeed does this itself, except where some of the model was loaded partitioned: then a fresh
@@ -395,4 +395,6 @@ def _share_whole_weights(model: torch.nn.Module, ranks: Ranks) -> None:
         return
     for parameter in model.parameters():
         if parameter.requires_grad and not is_zero_param(parameter):
-            torch.distributed.broadcast(parameter.data, src=0)
+            shared = parameter.data.to(device)  # NCCL knows no CPU, where the model still is
+            torch.distributed.broadcast(shared, src=0)
+            parameter.data.copy_(shared)

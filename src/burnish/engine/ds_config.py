@@ -57,6 +57,8 @@ def deepspeed_config(config: Config, *, on_gpu: bool, sizes: ModelSizes | None =
         "gradient_clipping": (config.optim.max_grad_norm or 0.0) if config.engine.zero_stage else 0.0,
         "zero_optimization": _zero_section(config, on_gpu, sizes or ModelSizes()),
         "zero_allow_untested_optimizer": True,
+        # Its timer makes the host wait for the device in every forward.
+        "timers": {"throughput": {"enabled": False}},
         # With offload: torch's fused AdamW on the CPU instead of an extension compiled on the spot.
         "zero_force_ds_cpu_optimizer": False,
         **_precision_sections(config),

@@ -26,12 +26,10 @@ from burnish.model.prefix_attention import (
     shared_flash_attention,
     shared_varlen_attention,
 )
+from burnish.model.varlen import fits_varlen, varlen, varlen_dtype
 
 ATTENTION_NAME = "burnish"
 """Under this name transformers knows our attention function, once `register_attention` was called."""
-
-VARLEN_DTYPES = (torch.bfloat16, torch.float16)
-VARLEN_MAX_HEAD_WIDTH = 256
 
 # What families pass to an attention function without wanting another result from it.
 _WITHOUT_EFFECT = frozenset(
@@ -142,7 +140,7 @@ def document_attention(  # noqa: PLR0913, PLR0917 (transformers calls it by thes
     if plain and query.device.type == "cpu":
         bounds = attention_mask[0, 0, 0].tolist()
         return document_flash_attention(query, key, value, bounds, scale, sliding_window), None
-    if plain and query.device.type == "cuda" and _fits_varlen(query):
+    if plain and query.device.type == "cuda" and fits_varlen(query):
         return _varlen(query, key, value, attention_mask, scale, sliding_window), None
     return _one_by_one(query, key, value, attention_mask, scores), None
 
@@ -169,12 +167,6 @@ def _without_documents(
     return _written_out(query, key, value, mask, scores), None
 
 
-def _fits_varlen(query: torch.Tensor) -> bool:
-    """Whether PyTorch's FlashAttention takes these queries."""
-    dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else query.dtype
-    return dtype in VARLEN_DTYPES and query.shape[-1] <= VARLEN_MAX_HEAD_WIDTH
-
-
 def _varlen(
     query: torch.Tensor,
     key: torch.Tensor,
@@ -183,29 +175,12 @@ def _varlen(
     scale: float,
     window: int | None,
 ) -> Float[torch.Tensor, "1 tokens heads width"]:
-    """FlashAttention over all documents in one call, inside PyTorch (2.10 and later), CUDA only."""
-    from torch.nn.attention.varlen import varlen_attn
-
-    dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else query.dtype
+    """FlashAttention over all documents in one call."""
+    dtype = varlen_dtype(query)
     # The kernel wants tokens first: [tokens, heads, width].
     q, k, v = (x[0].transpose(0, 1).to(dtype) for x in (query, key, value))
-    bounds, longest = mask[0, 0, 0].contiguous(), mask.shape[2]
-    # Its window counts the tokens before the token itself.
-    before = -1 if window is None else window - 1
-    out = varlen_attn(
-        q,
-        k,
-        v,
-        bounds,
-        bounds,
-        longest,
-        longest,
-        scale=scale,
-        window_size=(before, 0),
-        enable_gqa=q.shape[1] != k.shape[1],
-    )
-    assert isinstance(out, torch.Tensor)  # a tuple only where auxiliary results are asked for
-    return out[None]
+    bounds = mask[0, 0, 0].contiguous()
+    return varlen(q, k, v, bounds, bounds, mask.shape[2], scale, window)
 
 
 def _with_prefixes(
@@ -220,8 +195,8 @@ def _with_prefixes(
     window = scores.window if scores.window is not None and scores.window < mask.shape[2] else None
     if plain and query.device.type == "cpu" and window is None:
         return shared_flash_attention(query, key, value, segments_of(mask), scores.scale)
-    if plain and query.device.type == "cuda" and _fits_varlen(query):
-        dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else query.dtype
+    if plain and query.device.type == "cuda" and fits_varlen(query):
+        dtype = varlen_dtype(query)
         q, k, v = (x[0].transpose(0, 1).to(dtype) for x in (query, key, value))
         return shared_varlen_attention(q, k, v, mask, scores.scale, window)
     segments, outs = segments_of(mask), []

@@ -23,6 +23,8 @@ import torch
 from jaxtyping import Float, Int32
 from torch.autograd.function import FunctionCtx, once_differentiable
 
+from burnish.model.varlen import varlen
+
 _forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
@@ -208,28 +210,14 @@ def shared_varlen_attention(
 
     Not yet run on a GPU by anyone who wrote it; `data.share_prefix: auto` leaves it alone.
     """
-    from torch.nn.attention.varlen import varlen_attn
-
     num, longest = mask.shape[1] - 1, mask.shape[2]
     numbers = mask[0, 0, 0]
     # Segments lie end to end: each begins where the one before stops.
     bounds = torch.cat([numbers[:1], numbers[num : 2 * num]])
     key_bounds = numbers[3 * num : 4 * num + 1].contiguous()
     columns = numbers[4 * num + 1 :].long()
-    out = varlen_attn(
-        query,
-        _gather(key, columns),
-        _gather(value, columns),
-        bounds,
-        key_bounds,
-        longest,
-        longest,
-        scale=scale,
-        window_size=(-1 if window is None else window - 1, 0),
-        enable_gqa=query.shape[1] != key.shape[1],
-    )
-    assert isinstance(out, torch.Tensor)  # a tuple only where auxiliary results are asked for
-    return out[None]
+    key, value = _gather(key, columns), _gather(value, columns)
+    return varlen(query, key, value, bounds, key_bounds, longest, scale, window)
 
 
 def _gather(x: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:

@@ -75,9 +75,16 @@ def recompute_layers(model: PreTrainedModel, level: Level, apart: Region) -> Non
         width = model.config.get_text_config(decoder=True).hidden_size
         arguments["context_fn"] = partial(create_selective_checkpoint_contexts, _Keep(width, apart))
         _require_kept_unchanged(model, arguments)
-    model.activation_checkpointing_enable(arguments)
+    _enable(model, arguments)
     if level == "offload":
         model._set_gradient_checkpointing(enable=True, gradient_checkpointing_func=_offloaded)
+
+
+def _enable(model: PreTrainedModel, arguments: dict[str, Any]) -> None:
+    # Since some 5.x the old name is deprecated; before, there is no other.
+    new_name = "activation_checkpointing_enable"
+    enable = getattr(model, new_name if hasattr(model, new_name) else "gradient_checkpointing_enable")
+    enable(arguments)
 
 
 def _require_kept_unchanged(model: PreTrainedModel, arguments: dict[str, Any]) -> None:
@@ -87,7 +94,7 @@ def _require_kept_unchanged(model: PreTrainedModel, arguments: dict[str, Any]) -
     if small is None:
         return
     tokens = torch.arange(8)[None] % small.config.get_text_config(decoder=True).vocab_size
-    small.train().activation_checkpointing_enable(arguments)
+    _enable(small.train(), arguments)
     try:
         with torch.random.fork_rng(devices=[]):
             small(input_ids=tokens, use_cache=False).logits.sum().backward()
@@ -100,8 +107,8 @@ def _require_kept_unchanged(model: PreTrainedModel, arguments: dict[str, Any]) -
 
 
 def _offloaded(function: Callable[..., Any], *args: Any) -> Any:
-    """`checkpoint` whose inputs wait in the host's memory: on CUDA in pinned memory, copied there and
-    back without the host waiting for it; on a CPU they stay where they are."""
+    """`checkpoint` whose inputs wait in the host's memory: on CUDA in pinned memory. The host waits for
+    each copy there (`save_on_cpu` blocks), not for those back; on a CPU they stay where they are."""
     # Inside, `checkpoint` puts its own hooks over these: they see what it keeps, the layer's inputs.
     with save_on_cpu(pin_memory=torch.cuda.is_available()):
         return checkpoint(function, *args, use_reentrant=False)

@@ -32,8 +32,8 @@ def choose_recomputation(
     """The fastest level with which a run fits, or the smallest where none does.
 
     Args:
-        config: As resolved otherwise; a forward of `data.max_tokens`, and no fewer than the default of
-            `batch.micro_tokens`, has to fit.
+        config: As resolved otherwise; a forward of `data.max_tokens` and of `batch.micro_tokens` has to fit
+            (of its default, where that is left to the plan).
         shape: The model.
         world_size: All ranks.
         usable_bytes: Of each rank's device; None where that is not known: then nothing is computed again.
@@ -41,7 +41,8 @@ def choose_recomputation(
     """
     if usable_bytes is None:
         return "none"
-    tokens = max(config.data.max_tokens, DEFAULT_MICRO_TOKENS)
+    asked = config.batch.micro_tokens
+    tokens = max(config.data.max_tokens, asked if isinstance(asked, int) else DEFAULT_MICRO_TOKENS)
     for level in LEVELS:
         trial = with_recomputation(config, level)
         needed = estimate_memory(trial, shape, world_size, tokens, device_type=device_type).device.total
