@@ -2,12 +2,15 @@
 
     python bench/gpu.py --out results                    # all of it, on one CUDA device
     python bench/gpu.py --only attention head            # some of it
+    python bench/gpu.py --only speed --models 8b-lora    # one run of `speed`; `--case` does so for `race`
     python bench/gpu.py --device cpu --quick             # does the script itself work?
     python bench/gpu.py --wheels wheels                  # packages for a machine that has only PyTorch
 
-Each part runs in a process of its own with a time limit; a part that fails or hangs takes nothing else
-down. `gpu.json` in `--out` holds what every part found, with date, card and versions; the same stands as
-a table on the terminal. Exit code 1 where a check failed.
+Each part runs in a process of its own, for nine minutes at most, so that a part and its start fit where a
+machine is lent for ten at a time; all of them together may take an hour. A part that fails or hangs takes
+nothing else down, and keeps what it had measured. `gpu.json` in `--out` holds what every part found, with
+date and versions; it is written after each part, and parts of earlier calls stay in it. The same stands as a
+table on the terminal. Exit code 1 where a check failed. Logs and runs go below `--scratch`.
 
 Parts: `machine` (matrix rate) · `tests` (those marked gpu) · `attention` (varlen against each document
 alone, and its time against SDPA with a mask) · `head` (loss and gradients against full logits, time,
@@ -20,10 +23,12 @@ and the others, by `bench/step.py`).
 from __future__ import annotations
 
 import argparse
+import contextlib
 import datetime
 import json
 import os
 import platform
+import signal
 import subprocess
 import sys
 import time
@@ -35,7 +40,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT / "src"), str(ROOT / "tests")]
 
 PARTS = ("machine", "tests", "attention", "head", "engines", "syncs", "speed", "race")
-PART_LIMIT_SECONDS = {"engines": 420, "speed": 900, "race": 900}
+PART_LIMIT_SECONDS = {"engines": 540, "speed": 540, "race": 540}
 DEFAULT_LIMIT_SECONDS = 240
 
 WHEELS = (
@@ -54,7 +59,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/gpu"))
     parser.add_argument("--only", nargs="*", choices=PARTS, default=list(PARTS))
+    parser.add_argument(
+        "--scratch", type=Path, help="logs, and runs while they last; OUT/scratch unless given"
+    )
     parser.add_argument("--models", nargs="*", help="of `speed`: their names, all unless given")
+    parser.add_argument("--case", nargs="*", help="of `race`: names as `bench/step.py --case` takes them")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--quick", action="store_true", help="small sizes: whether it works, not how fast")
     parser.add_argument("--part", choices=PARTS, help=argparse.SUPPRESS)
@@ -65,15 +74,36 @@ def main() -> None:
     if options.wheels:
         download_wheels(options.wheels)
         return
+    options.scratch = options.scratch or options.out / "scratch"
     options.out.mkdir(parents=True, exist_ok=True)
+    options.scratch.mkdir(parents=True, exist_ok=True)
     if options.part:
-        print(json.dumps(run_part(options)))
+        _files(options.scratch, options.part)["result"].write_text(json.dumps(run_part(options)))
         return
-    found = {"date": f"{datetime.date.today()}", "python": platform.python_version()}
-    results = {**found, "parts": {name: start_part(name, options) for name in options.only}}
-    (options.out / "gpu.json").write_text(json.dumps(results, indent=1) + "\n")
-    print_table(results["parts"])
-    sys.exit(any(not part["ok"] for part in results["parts"].values()))
+    parts = {}
+    for name in options.only:
+        parts[name] = start_part(name, options)
+        _keep(options.out / "gpu.json", name, parts[name])
+    print_table(parts)
+    sys.exit(any(not part["ok"] for part in parts.values()))
+
+
+def _files(scratch: Path, part: str) -> dict[str, Path]:
+    """A part's files: what it found, rows as it finds them, and its log."""
+    kinds = {"result": "json", "rows": "rows.jsonl", "log": "log"}
+    return {kind: scratch / f"{part}.{ending}" for kind, ending in kinds.items()}
+
+
+def _keep(file: Path, name: str, part: dict[str, Any]) -> None:
+    """Add a part to what the file holds; an earlier call's rows stay, unless they were found anew."""
+    kept: dict[str, Any] = json.loads(file.read_text()) if file.is_file() else {"parts": {}}
+    kept |= {"date": f"{datetime.date.today()}", "python": platform.python_version()}
+    old = kept["parts"].get(name, {}).get("rows", [])
+    if "rows" in part and name in ("speed", "race"):  # the parts that may be run in pieces
+        anew = {row["run"] for row in part["rows"]}
+        part = {**part, "rows": [row for row in old if row["run"] not in anew] + part["rows"]}
+    kept["parts"][name] = part
+    file.write_text(json.dumps(kept, indent=1) + "\n")
 
 
 def download_wheels(folder: Path) -> None:
@@ -97,19 +127,16 @@ def download_wheels(folder: Path) -> None:
 
 
 def start_part(name: str, options: argparse.Namespace) -> dict[str, Any]:
-    """Run a part in its own process; its last line is its result."""
-    command = [
-        sys.executable,
-        __file__,
-        "--part",
-        name,
-        "--device",
-        options.device,
-        "--out",
-        str(options.out),
-    ]
+    """Run a part in its own process, and end whatever it leaves running."""
+    files = _files(options.scratch, name)
+    for kind in ("result", "rows"):
+        files[kind].unlink(missing_ok=True)
+    command = [sys.executable, __file__, "--part", name, "--device", options.device]
+    command += ["--out", str(options.out), "--scratch", str(options.scratch)]
     command += ["--quick"] * options.quick
-    command += ["--models", *options.models] if options.models else []
+    for flag in ("models", "case"):
+        chosen = getattr(options, flag)
+        command += [f"--{flag}", *chosen] if chosen else []
     print(f"== {name}", flush=True)
     began = time.monotonic()
     limit = PART_LIMIT_SECONDS.get(name, DEFAULT_LIMIT_SECONDS)
@@ -117,31 +144,40 @@ def start_part(name: str, options: argparse.Namespace) -> dict[str, Any]:
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "HF_HUB_OFFLINE": "1"}
     if options.device == "cpu":
         env["CUDA_VISIBLE_DEVICES"] = ""
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=limit, env=env, check=False)
-    except subprocess.TimeoutExpired:
-        return {"ok": False, "error": f"still running after {limit} s"}
-    (options.out / f"{name}.log").write_text(done.stdout + done.stderr)
-    seconds = round(time.monotonic() - began, 1)
-    if done.returncode:
-        return {"ok": False, "error": done.stderr[-2000:], "seconds": seconds}
-    return {**json.loads(done.stdout.splitlines()[-1]), "seconds": seconds}
+    with files["log"].open("w") as log:
+        # A session of its own: runs that it started must not use the device beside the next part.
+        process = subprocess.Popen(command, stdout=log, stderr=log, env=env, start_new_session=True)
+        try:
+            problem = "" if process.wait(timeout=limit) == 0 else files["log"].read_text()[-2000:]
+        except subprocess.TimeoutExpired:
+            problem = f"still running after {limit} s"
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+    took = {"seconds": round(time.monotonic() - began, 1)}
+    if not problem:
+        return {**json.loads(files["result"].read_text()), **took}
+    rows = files["rows"].read_text().splitlines() if files["rows"].is_file() else []
+    return {"ok": False, "error": problem, "rows": [json.loads(row) for row in rows], **took}
 
 
 def run_part(options: argparse.Namespace) -> dict[str, Any]:
     """The part itself, in this process."""
     from on_device import kernels, runs
+    from on_device.rows import Rows
 
-    device, quick, out = options.device, options.quick, options.out
+    device, quick, scratch = options.device, options.quick, options.scratch
+    note = Rows(_files(scratch, options.part)["rows"])
     parts: dict[str, Callable[[], dict[str, Any]]] = {
         "machine": lambda: kernels.machine(device, quick),
         "tests": lambda: runs.marked_tests(device),
-        "attention": lambda: kernels.attention(device, quick),
+        "attention": lambda: kernels.attention(device, quick, note),
         "head": lambda: kernels.head(device, quick),
-        "engines": lambda: runs.engines(out / "engines", device),
+        "engines": lambda: runs.engines(scratch / "engines", device, note),
         "syncs": lambda: kernels.syncs(device),
-        "speed": lambda: runs.speed(out / "speed", device, quick, options.models),
-        "race": lambda: runs.race(out, device, quick),
+        "speed": lambda: runs.speed(scratch / "speed", device, quick, options.models, note),
+        "race": lambda: runs.race(options.out, device, quick, options.case, note),
     }
     return parts[options.part]()
 
