@@ -53,6 +53,15 @@ def test_auto_on_a_cpu_and_where_nothing_fits() -> None:
     assert choose_recomputation(config(), SHAPE, 1, 0.0) == "full"
 
 
+def test_auto_has_room_for_the_micro_batches_that_were_asked_for() -> None:
+    batch = {"batch": {"micro_tokens": 2 * TOKENS}}
+    asked = Config.model_validate({**config().model_dump(), **batch})
+    room = float(needed("none"))
+    assert room < needed("none", 2 * TOKENS)
+    assert choose_recomputation(config(), SHAPE, 1, room) == "none"
+    assert choose_recomputation(asked, SHAPE, 1, room) != "none"
+
+
 def test_resolved() -> None:
     memory = int(needed("light") / 0.92) + 1
     resolved = resolve_auto(config(), SHAPE, 1, memory)

@@ -100,6 +100,24 @@ def test_gradients_take_the_place_of_activations_in_a_step_of_one_micro_batch() 
     assert one.total - one.weights - one.optimizer >= 4 * shape.num_params
 
 
+def test_a_process_on_a_cpu_keeps_freed_memory_where_there_is_room() -> None:
+    shape = ModelShape.from_config_json(LLAMA_8B)
+    on_gpu = make_plan(config(), counts(), shape, 1).memory.device
+    assert on_gpu.process == on_gpu.kept == 0
+
+    def parts(memory_bytes):
+        return make_plan(
+            config(), counts(), shape, 1, device_type="cpu", memory_bytes=memory_bytes
+        ).memory.device
+
+    roomy = parts(None)
+    assert roomy.kept == roomy.tensors // 2 and roomy.process > 0
+    assert roomy.total == roomy.tensors + roomy.kept + roomy.process
+    assert parts(roomy.tensors * 2) == roomy
+    tight = parts(roomy.tensors * 3 // 2)  # not all of it may be used
+    assert tight.kept == 0 and tight.tensors == roomy.tensors
+
+
 def test_time_counts_the_forward_that_is_computed_again() -> None:
     shape, device = ModelShape.from_config_json(LLAMA_8B), Device("some", 80 * GB, 989e12)
     plain, again = (
