@@ -173,7 +173,7 @@ def run_part(options: argparse.Namespace) -> dict[str, Any]:
         "machine": lambda: kernels.machine(device, quick),
         "tests": lambda: runs.marked_tests(device),
         "attention": lambda: kernels.attention(device, quick, note),
-        "head": lambda: kernels.head(device, quick),
+        "head": lambda: kernels.head(device, quick, note),
         "engines": lambda: runs.engines(scratch / "engines", device, note),
         "syncs": lambda: kernels.syncs(device),
         "speed": lambda: runs.speed(scratch / "speed", device, quick, options.models, note),

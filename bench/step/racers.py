@@ -58,9 +58,10 @@ def burnish(race: Race, turns: Turns) -> None:
     device = pick_device(ALONE)
     bound_kernel_caches(device)
     counts = count_windows(race.windows, race.store)
-    held = make_plan(race.config, counts, race.shape, 1, device_type=device.type).memory.device
+    memory = make_plan(race.config, counts, race.shape, 1, device_type=device.type).memory
     freed = FreedMemory(device)
-    freed.settle(held.kept > 0, held.tensors + held.kept, race.shape.widest_bytes(counts.max_micro_tokens))
+    in_layers = race.shape.widest_bytes(counts.max_micro_tokens)
+    freed.settle(memory.device.kept > 0, memory.over_process, in_layers)
     engine, feed = own_engine(race, device)
     forget_peak()
     turns.ready({})

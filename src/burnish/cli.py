@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 Flags = Annotated[str, Parameter(allow_leading_hyphen=True, show=False)]
 """CONFIG and dotted flags, in any order of flags, the file first."""
 AsJson = Annotated[bool, Parameter(name="--json", negative=())]
-_USAGE = "Usage: burnish {} [OPTIONS] [CONFIG] [--SECTION.KEY VALUE]..."
+_USAGE = "Usage: burnish {} [OPTIONS] [{}] [--SECTION.KEY VALUE]..."
 
 app = App(
     name="burnish",
@@ -75,7 +75,7 @@ def init(*data: str, model: str = "MODEL", out: Path = Path("sft.yaml"), force: 
         _say(line)
 
 
-@app.command(usage=_USAGE.format("check"))
+@app.command(usage=_USAGE.format("check", "CONFIG"))
 def check(*config: Flags, as_json: AsJson = False) -> None:
     """Check CONFIG, data, template and tokens; print the data report. Loads no weights.
 
@@ -91,7 +91,7 @@ def check(*config: Flags, as_json: AsJson = False) -> None:
     _say(json.dumps(report, indent=2) if as_json else text)
 
 
-@app.command(usage=_USAGE.format("view"))
+@app.command(usage=_USAGE.format("view", "CONFIG"))
 def view(
     *config: Flags,
     num: Annotated[int | None, Parameter(name=["-n", "--num"])] = None,
@@ -125,7 +125,7 @@ def view(
         print(f"Wrote {html}.", file=sys.stderr)  # noqa: T201
 
 
-@app.command(usage=_USAGE.format("plan"))
+@app.command(usage=_USAGE.format("plan", "CONFIG"))
 def plan(
     *config: Flags,
     options: Annotated[PlanOptions, Parameter(name="*")] = PlanOptions(),  # noqa: B008 - frozen
@@ -145,7 +145,7 @@ def plan(
     _say(json.dumps(planned.to_dict(), indent=2) if as_json else planned.describe())
 
 
-@app.command(usage=_USAGE.format("train"))
+@app.command(usage=_USAGE.format("train", "CONFIG"))
 def train(*config: Flags) -> None:
     """Train as CONFIG says. Keys may be given as flags; flags win over the file.
 
@@ -178,7 +178,7 @@ def train(*config: Flags) -> None:
         _say(f"The result is in {result.final_dir}. Talk to it: burnish chat {result.final_dir}")
 
 
-@app.command(usage=_USAGE.format("launch SCHEDULER"))
+@app.command(usage=_USAGE.format("launch SCHEDULER", "CONFIG"))
 def launch(
     scheduler: Literal["slurm", "k8s", "skypilot"],
     *config: Flags,
@@ -202,7 +202,7 @@ def launch(
         _say(line)
 
 
-@app.command(name="eval", usage=_USAGE.format("eval").replace("[CONFIG]", "[CONFIG|MODEL]"))
+@app.command(name="eval", usage=_USAGE.format("eval", "CONFIG|MODEL"))
 def evaluate(*target: Flags, data: list[str] | None = None, as_json: AsJson = False) -> None:
     """Token-weighted loss and perplexity, per source, of CONFIG's result or of a MODEL folder.
 

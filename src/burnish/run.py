@@ -94,9 +94,8 @@ def train(config: Config) -> RunResult:
     if ranks.is_main:
         log.info("%s\n%s", plan.describe(), capability.reason)
 
-    held = plan.memory.device
-    most = held.tensors + held.kept + plan.memory.host_bytes
-    freed.settle(held.kept > 0, most, shape.widest_bytes(counts.max_micro_tokens))
+    keeps, in_layers = plan.memory.device.kept > 0, shape.widest_bytes(counts.max_micro_tokens)
+    freed.settle(keeps, plan.memory.over_process, in_layers)
     supervised = SupervisedModel(model, capability, Objective.of(config.train))
     engine = build_engine(config, ranks, device, supervised)
     exporter = Exporter(config, engine, model, tokenizer, template, ranks)

@@ -88,6 +88,11 @@ class Memory:
     host_bytes: int
     nvme_bytes: int
 
+    @property
+    def over_process(self) -> int:
+        """What a process on a CPU, where host and device are one, may hold beside Python and libraries."""
+        return self.device.tensors + self.device.kept + self.host_bytes
+
 
 def in_process(memory: Memory, free_bytes: int | None) -> Memory:
     """The memory of a process that trains on a CPU: what tensors need, what Python and the libraries take,
