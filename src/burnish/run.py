@@ -29,7 +29,7 @@ from burnish.model.attention import asked, can_isolate
 from burnish.model.build import build_model
 from burnish.model.foresee import shape_of
 from burnish.model.forward import SupervisedModel
-from burnish.model.load import load_model_config
+from burnish.model.load import load_model_config, stored_dtype
 from burnish.model.objective import Objective
 from burnish.plan import explain_auto, make_plan, resolve_auto, unshared
 from burnish.records import TrainState
@@ -73,7 +73,8 @@ def train(config: Config) -> RunResult:
     tokenizer, template = load_tokenizer(config.model, config.data)
     data = prepare(config, tokenizer, template)
     vocabulary = vocabulary_of(tokenizer, config.model)
-    shape = shape_of(load_model_config(config.model)).grown(vocabulary)
+    of_model = load_model_config(config.model)
+    shape = shape_of(of_model).grown(vocabulary)
     require_rows(tokenizer, shape.vocab_size, (data.train, data.eval))
 
     start_process_group(ranks, device, config.launch.hang_timeout_seconds)
@@ -81,8 +82,9 @@ def train(config: Config) -> RunResult:
     asked_for, world = config, (shape, ranks.world_size)
     config = resolve_auto(config, *world, memory, device.type)
     freed = FreedMemory(device)
-    context = partial(model_init_context, config, ranks, device)
-    model = build_model(config, parameter_dtype(config, ranks), vocabulary, shape.new_tokens, context)
+    dtype = parameter_dtype(config, ranks, stored_dtype(config.model, of_model))
+    context = partial(model_init_context, config, ranks, device, dtype)
+    model = build_model(config, dtype, vocabulary, shape.new_tokens, context)
     capability = can_isolate(model, *asked(config))
     sharing = config.engine.sequence_parallel
     parts, layout = max(1, ranks.world_size // sharing), (capability.packed, shape.cost_model(), sharing)

@@ -5,15 +5,17 @@ Knows nothing of models or data; everything may import it.
 
 from __future__ import annotations
 
+import atexit
 import base64
 import datetime
 import logging
 import os
 import random
 import sys
+import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, NoReturn, cast
 
 import numpy as np
 
@@ -136,6 +138,31 @@ def stop_process_group() -> None:
 
     if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()
+
+
+def leave(code: int) -> NoReturn:
+    """End the process; that of a rank without Python taking itself apart.
+
+    When a collective is over, gloo's threads let go of its tensors, for which they need the interpreter.
+    Up to Python 3.13 a thread that asks for it too late is ended in the middle of C++ code, and the whole
+    process with it (`terminate called without an active exception`, exit code 134): seen in one of six
+    processes whose last act was a collective. The launcher would stop ranks that still write results.
+
+    Remove when: the oldest Python is 3.14, where such a thread just waits.
+
+    Args:
+        code: For whoever started the process. After 0 the other ranks are waited for as NCCL needs it.
+    """
+    dist = sys.modules.get("torch.distributed")  # not imported: nothing to leave, and fast verbs stay fast
+    if dist is None or not dist.is_available() or not dist.is_initialized():
+        sys.exit(code)
+    if code == 0:
+        stop_process_group()
+    threading._shutdown()  # pyright: ignore[reportAttributeAccessIssue] - as multiprocessing's children end
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def seed_everything(seed: int) -> None:

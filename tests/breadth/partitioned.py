@@ -52,11 +52,12 @@ def _looked_at(family: str, packed: bool, ranks: Ranks, folder: Path) -> str:
     barrier(ranks)
     config = toy_config(folder, {**_SETTINGS, "model.path": str(folder), "model.init": "pretrained"})
     device = torch.device("cpu")
+    dtype = parameter_dtype(config, ranks)
     model = load_model(
         config.model,
         seed=0,
-        init_context=model_init_context(config, ranks, device),
-        param_dtype=parameter_dtype(config, ranks),
+        init_context=model_init_context(config, ranks, device, dtype),
+        param_dtype=dtype,
     )
     assert all(p.numel() == 0 for p in model.parameters())
     capability = can_isolate(model)

@@ -30,7 +30,8 @@ def fail(how: str, out_dir: Path) -> None:
     if how == "hang":
         sleep_in_a_lock_held_by_nobody()
     elif how == "native":
-        ctypes.PyDLL(None).sleep(1000)  # keeps the interpreter's lock
+        while True:  # a signal wakes it, and it sleeps again
+            ctypes.PyDLL(None).sleep(1000)  # keeps the interpreter's lock
     elif how == "die":
         os.kill(os.getpid(), signal.SIGKILL)
     elif how == "cut":  # this host's cable is pulled: nobody is told

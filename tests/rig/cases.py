@@ -13,8 +13,10 @@ from unittest import mock
 
 import torch
 from safetensors.torch import save_file
+from transformers import PreTrainedModel
 
 from breadth.partitioned import partitioned
+from burnish.config.schema import Config
 from burnish.data.collate import collate
 from burnish.engine.base import Engine, StepResult
 from burnish.engine.build import model_init_context, parameter_dtype
@@ -23,7 +25,7 @@ from burnish.errors import BurnishError
 from burnish.model.adapt import adapt
 from burnish.model.attention import can_isolate
 from burnish.model.forward import SupervisedModel
-from burnish.model.load import load_model
+from burnish.model.load import load_model, load_model_config, stored_dtype
 from burnish.records import MicroBatch, StepStats
 from burnish.runtime import Ranks, barrier, sum_over_ranks
 from burnish.train.loop import TrainJob, train
@@ -206,20 +208,7 @@ def _attempt(job: TrainJob) -> dict[str, Any]:
 
 def loaded(case: Mapping[str, Any], ranks: Ranks, output_dir: Path) -> dict[str, Any]:
     """Train a model that is loaded from a folder, as run.py loads it."""
-    folder = output_dir.parent / "toy-llama"
-    if ranks.is_main:
-        toy_llama().save_pretrained(folder)
-    barrier(ranks)
-    settings = {**case["settings"], "model.path": str(folder), "model.init": "pretrained"}
-    config = toy_config(output_dir, settings)
-    device = torch.device("cpu")
-    model = load_model(
-        config.model,
-        seed=config.train.seed,
-        init_context=model_init_context(config, ranks, device),
-        param_dtype=parameter_dtype(config, ranks),
-        quantize=None,
-    )
+    config, model = _loaded_toy(case, ranks, output_dir)
     partitioned = all(p.numel() == 0 for p in model.parameters())
     model = adapt(model, config.adapter, "none")
     job = make_job(config, ranks, model=SupervisedModel(model, can_isolate(model)))
@@ -227,8 +216,44 @@ def loaded(case: Mapping[str, Any], ranks: Ranks, output_dir: Path) -> dict[str,
     return {**summary(job), "partitioned": partitioned}
 
 
+def masters(case: Mapping[str, Any], ranks: Ranks, output_dir: Path) -> dict[str, Any]:
+    """Which of ZeRO's masters differ from the fp32 weights of the toy, fresh or `loaded`, before a step."""
+    config = toy_config(output_dir, case["settings"])
+    fresh = toy_model(config, torch.float32)
+    before = {name: p.detach().clone() for name, p in fresh.named_parameters()}
+    model = fresh
+    if case["loaded"]:
+        config, found = _loaded_toy(case, ranks, output_dir)
+        model = SupervisedModel(found, can_isolate(found))
+    make_job(config, ranks, model=model)
+    from deepspeed.utils import safe_get_full_fp32_param
+
+    now = {name: (p.dtype, safe_get_full_fp32_param(p)) for name, p in model.named_parameters()}
+    assert before.keys() == now.keys()
+    wrong = [name for name in before if now[name][1] is None or not now[name][1].equal(before[name])]
+    return {"wrong": wrong, "forward": sorted({str(dtype) for dtype, _ in now.values()})}
+
+
+def _loaded_toy(case: Mapping[str, Any], ranks: Ranks, output_dir: Path) -> tuple[Config, PreTrainedModel]:
+    folder = output_dir.parent / "toy-llama"
+    if ranks.is_main:
+        toy_llama().save_pretrained(folder)
+    barrier(ranks)
+    settings = {**case["settings"], "model.path": str(folder), "model.init": "pretrained"}
+    config = toy_config(output_dir, settings)
+    dtype = parameter_dtype(config, ranks, stored_dtype(config.model, load_model_config(config.model)))
+    model = load_model(
+        config.model,
+        seed=config.train.seed,
+        init_context=model_init_context(config, ranks, torch.device("cpu"), dtype),
+        param_dtype=dtype,
+    )
+    return config, model
+
+
 CASES: dict[str, Callable[[Mapping[str, Any], Ranks, Path], dict[str, Any]]] = {
     "plain": plain,
+    "masters": masters,
     "measured": measured,
     "gradients": gradients,
     "poisoned": poisoned,

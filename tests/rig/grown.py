@@ -82,14 +82,15 @@ def _job(
     settings: Mapping[str, Any], ranks: Ranks, output_dir: Path, vocabulary: Vocabulary
 ) -> tuple[TrainJob, Exporter]:
     config = toy_config(output_dir, settings)
+    dtype = parameter_dtype(config, ranks)
     model = load_model(
         config.model,
         seed=config.train.seed,
-        init_context=model_init_context(config, ranks, torch.device("cpu")),
-        param_dtype=parameter_dtype(config, ranks),
+        init_context=model_init_context(config, ranks, torch.device("cpu"), dtype),
+        param_dtype=dtype,
         vocabulary=vocabulary,
     )
-    with model_init_context(config, ranks, torch.device("cpu")):
+    with model_init_context(config, ranks, torch.device("cpu"), dtype):
         model = adapt(model, config.adapter, "none", seed=config.train.seed)
     train_tokens(model, vocabulary.fresh(VOCABULARY))
     job = make_job(config, ranks, model=SupervisedModel(model, can_isolate(model)))

@@ -11,11 +11,11 @@ from pathlib import Path
 import torch
 
 from burnish.runtime import (
+    leave,
     pick_device,
     ranks_from_environment,
     setup_logging,
     start_process_group,
-    stop_process_group,
 )
 from rig.cases import CASES
 
@@ -33,7 +33,7 @@ def main() -> None:
         result["seconds"] = time.perf_counter() - started
         path = out_dir / f"{name}.{ranks.rank}.json"
         path.write_text(json.dumps(result))
-    stop_process_group()
+    leave(0)
 
 
 if __name__ == "__main__":

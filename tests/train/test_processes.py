@@ -40,6 +40,8 @@ OFFLOADED = {
     f"zero{stage}-offloaded": {**ENGINES[f"zero{stage}"], "engine.offload_optimizer": "cpu"}
     for stage in (1, 2, 3)
 }
+MASTERED = {**{engine: ENGINES[engine] for engine in ("zero1", "zero2", "zero3")}, **OFFLOADED}
+MASTERS = [(engine, is_loaded) for engine in MASTERED for is_loaded in (False, True)]
 POISONED = [(engine, "fp32") for engine in ENGINES]
 POISONED += [(f"zero{stage}", "bf16") for stage in (1, 2, 3)] + [(engine, "bf16") for engine in OFFLOADED]
 STOPPED = ("local", "zero3")
@@ -90,6 +92,13 @@ def _first_cases() -> dict[str, Any]:
     for dtype in ("fp32", "bf16"):
         settings = {**ENGINES["zero3"], "model.dtype": dtype}
         cases[f"zero3-loaded-{dtype}"] = {"kind": "loaded", "settings": settings}
+    for engine, is_loaded in MASTERS:
+        settings = {**MASTERED[engine], "model.dtype": "bf16"}
+        cases[f"{engine}-masters-{is_loaded}"] = {
+            "kind": "masters",
+            "settings": settings,
+            "loaded": is_loaded,
+        }
     for engine in SHRUNK:
         cases[f"{engine}-before"] = {
             "kind": "signalled",
@@ -301,6 +310,13 @@ def test_loaded_partitioned(dtype: str, bound: float, first: dict[str, Any], alo
     assert result["partitioned"]
     assert result["losses"] == pytest.approx(alone["packed"]["losses"], rel=bound)
     assert result["shapes"] == alone["packed"]["shapes"]
+
+
+@pytest.mark.parametrize(("engine", "is_loaded"), MASTERS)
+def test_masters_are_not_rounded(engine: str, is_loaded: bool, first: dict[str, Any]) -> None:
+    """In bf16 too they are the fp32 weights that were loaded or made, to the bit, on two ranks."""
+    found = first[f"{engine}-masters-{is_loaded}"]
+    assert (found["wrong"], found["forward"]) == ([], ["torch.bfloat16"])
 
 
 @pytest.mark.slow

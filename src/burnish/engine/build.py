@@ -11,7 +11,7 @@ import torch
 
 from burnish.config.schema import Config
 from burnish.engine.base import Engine
-from burnish.engine.ds_config import runs_in_fp32
+from burnish.engine.ds_config import runs_in_fp32, uses_nvme
 from burnish.engine.ds_workarounds import name_accelerator
 from burnish.engine.local import LocalEngine
 from burnish.engine.sequence import SequenceParallelEngine, sequence_group
@@ -27,30 +27,46 @@ def engine_kind(config: Config, ranks: Ranks) -> Literal["local", "deepspeed"]:
     return "deepspeed" if config.engine.uses_deepspeed(ranks.world_size) else "local"
 
 
-def parameter_dtype(config: Config, ranks: Ranks) -> torch.dtype:
+def parameter_dtype(config: Config, ranks: Ranks, stored: torch.dtype | None = None) -> torch.dtype:
     """What the model's weights should be loaded in.
 
-    The local engine (and DeepSpeed without ZeRO) trains fp32 masters under autocast; a base that
-    an adapter freezes needs no master and stays in the forward's dtype. ZeRO keeps masters of its
-    own, so the model's weights are in the forward's dtype.
+    Trained weights have fp32 masters under every engine, so they are loaded with all the bits that they
+    were stored with: the local engine (and DeepSpeed without ZeRO) trains them under autocast, and under
+    ZeRO they are rounded once the masters can be told (`engine/ds_weights.py`). A base that an adapter
+    freezes needs no master and stays in the forward's dtype; and so does a model that may not fit in
+    memory, which is what NVMe is for.
+
+    Args:
+        config: The run.
+        ranks: This process among the others.
+        stored: What the checkpoint's weights are in; None where they are fresh, or nobody knows.
     """
+    forward = COMPUTE_DTYPES[config.model.dtype]
+    if config.adapter is not None:
+        return forward
     autocasts = engine_kind(config, ranks) == "local" or runs_in_fp32(config)
-    if autocasts and config.adapter is None:
-        return torch.float32
-    return COMPUTE_DTYPES[config.model.dtype]
+    is_rounded = stored != forward and not uses_nvme(config)
+    return torch.float32 if autocasts or is_rounded else forward
 
 
 def model_init_context(
-    config: Config, ranks: Ranks, device: torch.device
+    config: Config, ranks: Ranks, device: torch.device, dtype: torch.dtype
 ) -> contextlib.AbstractContextManager[Any]:
-    """Enter this around loading a pretrained model: under ZeRO-3 it partitions while it loads."""
+    """Enter this around loading a pretrained model: under ZeRO-3 it partitions while it loads.
+
+    Args:
+        config: The run.
+        ranks: This process among the others.
+        device: Where this rank computes.
+        dtype: What weights are loaded in, `parameter_dtype`.
+    """
     if not _is_zero3(config, ranks):
         return contextlib.nullcontext()
     _require_equal_parts(config, ranks)
     _require_deepspeed(device)
     from burnish.engine.deepspeed import zero3_init_context
 
-    return zero3_init_context(config, ranks, device)
+    return zero3_init_context(config, ranks, device, dtype)
 
 
 def build_engine(config: Config, ranks: Ranks, device: torch.device, model: SupervisedModel) -> Engine:

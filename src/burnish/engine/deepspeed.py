@@ -26,7 +26,6 @@ from deepspeed.ops.op_builder import AsyncIOBuilder  # pyright: ignore[reportAtt
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
-from deepspeed.runtime.zero.utils import is_zero_param
 from deepspeed.utils import logger as deepspeed_logger
 from jaxtyping import Float
 
@@ -39,6 +38,7 @@ from burnish.engine.ds_config import (
     ModelSizes,
     deepspeed_config,
     nvme_folder,
+    runs_in_fp32,
     swaps_optimizer,
     swaps_weights,
     uses_nvme,
@@ -51,6 +51,7 @@ from burnish.engine.ds_nvme import (
     write_swapped_state,
 )
 from burnish.engine.ds_shards import shards_of_zero, share_of, sizes_of
+from burnish.engine.ds_weights import round_weights, set_masters, share_whole_weights
 from burnish.engine.ds_workarounds import (
     add_without_copy,
     announce_ranks,
@@ -73,6 +74,7 @@ from burnish.engine.state_files import exported_weights, refuse_empty
 from burnish.errors import CheckpointError, ConfigError, MachineError, Problem
 from burnish.model.foresee import largest_parameter
 from burnish.model.forward import SupervisedModel, to_device
+from burnish.model.load import COMPUTE_DTYPES
 from burnish.model.tiling import tiled_modules
 from burnish.records import MicroBatch
 from burnish.runtime import Ranks, barrier, log
@@ -121,8 +123,10 @@ def known_zero_settings() -> Names:
 
 
 @contextlib.contextmanager
-def zero3_init_context(config: Config, ranks: Ranks, device: torch.device) -> Iterator[None]:
-    """While entered, `from_pretrained` partitions weights over the ranks as it loads them.
+def zero3_init_context(
+    config: Config, ranks: Ranks, device: torch.device, dtype: torch.dtype
+) -> Iterator[None]:
+    """While entered, `from_pretrained` partitions weights over the ranks as it loads them, in `dtype`.
 
     transformers looks for a live config object that it only refers to weakly; it lives as long as
     the context does.
@@ -134,7 +138,8 @@ def zero3_init_context(config: Config, ranks: Ranks, device: torch.device) -> It
     largest = largest_parameter(config.model) if swaps_weights(config) else None
     sizes = None if largest is None else ModelSizes(largest_share=share_of(ranks, largest))
     settings = deepspeed_config(config, on_gpu=device.type == "cuda", sizes=sizes)
-    # zero.Init makes parameters in this dtype; ours are what the forward runs in.
+    if dtype == torch.float32:  # zero.Init takes the dtype from these sections
+        settings = {key: value for key, value in settings.items() if key not in ("bf16", "fp16")}
     kept_alive = HfDeepSpeedConfig({**settings, "train_batch_size": ranks.world_size})
     try:
         yield
@@ -148,7 +153,7 @@ class DeepSpeedEngine(Engine):
     """ZeRO 0 to 3 over any number of ranks, one included.
 
     Args:
-        model: Model and loss; its weights in the dtype of the forward.
+        model: Model and loss; its weights in the dtype of the forward, or in fp32.
         config: Optimizer, ZeRO stage, offload and precision are taken from it.
         ranks: This process among the others, all data-parallel.
         device: Where to compute.
@@ -167,7 +172,7 @@ class DeepSpeedEngine(Engine):
         self._stage = config.engine.zero_stage
         self._adapter_only = config.adapter is not None
         self._optimizer_name = config.optim.name
-        _share_whole_weights(model, ranks, device)
+        share_whole_weights(model, ranks, device)
         if self._stage == 3:
             # The loss uses the head's matrix directly, so ZeRO-3 must gather it with this module.
             for parameter in model.external_parameters():
@@ -180,12 +185,16 @@ class DeepSpeedEngine(Engine):
             raise ConfigError(problem)
         self._optimizer = build_optimizer(model, config.optim)
         groups = [list(group["params"]) for group in self._optimizer.param_groups]
+        precise = {} if runs_in_fp32(config) else round_weights(model, COMPUTE_DTYPES[config.model.dtype])
         self._engine: Any = deepspeed.initialize(
             model=model,
             optimizer=self._optimizer,
             config=deepspeed_config(config, on_gpu=device.type == "cuda", sizes=sizes_of(model, ranks)),
             dist_init_required=False,
         )[0]
+        if precise:
+            set_masters(self._engine.optimizer, self._stage, precise, ranks.rank)
+            precise = {}  # gives its memory back
         if isinstance(self._optimizer, MuonAdamW) and self._stage > 0:
             self._optimizer.locate(shards_of_zero(self._engine.optimizer, groups, self._stage, ranks))
         self._uses_nvme = uses_nvme(config)
@@ -382,19 +391,3 @@ class DeepSpeedEngine(Engine):
             return set(model.state_dict().keys())
         named = model.named_parameters(remove_duplicate=False)
         return {name for name, parameter in named if parameter.requires_grad}
-
-
-@torch.no_grad()
-def _share_whole_weights(model: torch.nn.Module, ranks: Ranks, device: torch.device) -> None:
-    """Give every rank rank 0's fresh weights; partitioned ones are shared already.
-
-    DeepSpeed does this itself, except where some of the model was loaded partitioned: then a fresh
-    adapter would be put together from pieces of different ranks' random numbers.
-    """
-    if ranks.world_size == 1:
-        return
-    for parameter in model.parameters():
-        if parameter.requires_grad and not is_zero_param(parameter):
-            shared = parameter.data.to(device)  # NCCL knows no CPU, where the model still is
-            torch.distributed.broadcast(shared, src=0)
-            parameter.data.copy_(shared)

@@ -43,7 +43,7 @@ def write_swapped_state(zero: Any, folder: Path, rank: int) -> None:
         rank: Of this process.
     """
     for number in range(len(zero.fp16_groups)):
-        with _swapped_in(zero, number):
+        with swapped_in(zero, number):
             write_tensors(_path(folder, rank, number), _tensors(zero, number))
 
 
@@ -63,7 +63,7 @@ def read_swapped_state(zero: Any, folder: Path, rank: int) -> None:
     for number in range(num_groups):
         saved = read_tensors(_path(folder, rank, number))
         # On leaving, DeepSpeed swaps out what stands in the group's tensors, moments too.
-        with _swapped_in(zero, number, back=True):
+        with swapped_in(zero, number, back=True):
             flat = zero.fp32_partitioned_groups_flat[number]
             copy_exactly({_MASTERS: flat.data}, {_MASTERS: saved.pop(_MASTERS)}, f"group {number}")
             zero.optimizer.state[flat] = {
@@ -84,7 +84,7 @@ def _path(folder: Path, rank: int, number: int) -> Path:
 
 
 @contextlib.contextmanager
-def _swapped_in(zero: Any, number: int, back: bool = False) -> Iterator[None]:
+def swapped_in(zero: Any, number: int, back: bool = False) -> Iterator[None]:
     """While entered, a sub-group's state is in memory; `back` writes it to NVMe again afterwards."""
     swapped = zero._swappable_optimizer_subgroup(number)
     if swapped:

@@ -106,6 +106,18 @@ def load_model_config(model: ModelConfig) -> Any:
     return config
 
 
+def stored_dtype(model: ModelConfig, config: Any) -> torch.dtype | None:
+    """What config.json says that weights are kept in; None for fresh ones, or where it says nothing.
+
+    Args:
+        model: Which.
+        config: Its config.json, `load_model_config`.
+    """
+    if model.init == "random":
+        return None
+    return config.dtype or config.get_text_config(decoder=True).dtype
+
+
 def _names_a_place(path: str) -> bool:
     """Whether it can only be meant as a path on this machine, not as a hub name."""
     return path.startswith(("/", "./", "../", "~")) or path.count("/") > 1
