@@ -182,7 +182,8 @@ def test_auto_engine_and_dtypes() -> None:
     # What was stored with more bits than the forward runs in is loaded with all of them.
     for stored in (torch.float32, torch.float16, None):
         assert parameter_dtype(auto, two, stored=stored) == torch.float32
-    swapped = toy_config("out", {"engine.zero_stage": 3, "engine.offload_optimizer": "nvme"})
+    nvme = {"engine.zero_stage": 3, "engine.offload_optimizer": "nvme"}
+    swapped = toy_config("out", {"model.dtype": "bf16", **nvme})
     assert parameter_dtype(swapped, two) == torch.bfloat16
     lora = toy_config("out", {"model.dtype": "bf16", "adapter": {"kind": "lora", "rank": 2}})
     assert parameter_dtype(lora, ALONE) == torch.bfloat16

@@ -57,12 +57,14 @@ from burnish.engine.ds_workarounds import (
     announce_ranks,
     ask_once,
     forget_sums,
+    gather_by_sends,
     groups_kept_apart,
     join_alone,
     keep_gradients_in_memory,
     measure_by_rows,
     quieten,
     skip_shm_compile,
+    sum_by_sends,
     swap_files_left_alone,
 )
 from burnish.engine.gradients import clip_gradients, finite_on_all_ranks, global_grad_norm
@@ -94,6 +96,8 @@ def prepare_deepspeed(ranks: Ranks, device: torch.device) -> None:
     announce_ranks(ranks)
     join_alone(ranks, device)
     deepspeed.init_distributed(verbose=False)
+    if device.type == "cpu":
+        gather_by_sends(deepspeed.comm.comm.cdb)
 
 
 def _check_settings(config: Config) -> None:
@@ -216,6 +220,8 @@ class DeepSpeedEngine(Engine):
             measure_by_rows(zero)
         if isinstance(zero, DeepSpeedZeroOptimizer):
             add_without_copy(zero)
+            if self._device.type == "cpu":
+                sum_by_sends(zero)
 
     def _prepare_swapping(self, config: Config) -> None:
         """What DeepSpeed needs to swap to NVMe as it should, and to leave nothing there."""

@@ -122,9 +122,6 @@ def _zero_section(config: Config, on_gpu: bool, sizes: ModelSizes) -> dict[str, 
     }
     if stage < 3:
         section["allgather_bucket_size"] = BUCKET_ELEMENTS
-        # Either way DeepSpeed sums a bucket over all ranks, and each takes its part of it. What it calls
-        # reduce_scatter copies the bucket first, which on a CPU is a tenth of a step.
-        section["reduce_scatter"] = on_gpu
     else:
         section["stage3_prefetch_bucket_size"] = BUCKET_ELEMENTS
         section["zero_hpz_partition_size"] = config.engine.hpz_size
