@@ -60,8 +60,7 @@ def burnish(race: Race, turns: Turns) -> None:
     counts = count_windows(race.windows, race.store)
     memory = make_plan(race.config, counts, race.shape, 1, device_type=device.type).memory
     freed = FreedMemory(device)
-    in_layers = race.shape.widest_bytes(counts.max_micro_tokens)
-    freed.settle(memory.device.kept > 0, memory.over_process, in_layers)
+    freed.settle(memory.device.kept > 0, memory.over_process)
     engine, feed = own_engine(race, device)
     forget_peak()
     turns.ready({})

@@ -78,8 +78,8 @@ def bound_kernel_caches(device: torch.device) -> None:
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 """From glibc's malloc.h; mallopt takes C ints and gives 1 for yes."""
-_LEAST_MAPPED, _MOST_MAPPED = 2**22, 2**30
-"""Bytes from which on a tensor gets pages of its own."""
+_MAPPED_BYTES = 2**30
+"""From which size on a tensor gets pages of its own all the same."""
 
 
 @final
@@ -104,15 +104,14 @@ class FreedMemory:
         self._before = resident_bytes() or 0
         self._most: int | None = None
 
-    def settle(self, keep: bool, most_bytes: int, largest_bytes: int) -> None:
+    def settle(self, keep: bool, most_bytes: int) -> None:
         """Choose, before the first step. Not undone.
 
         Args:
             keep: Keep what is freed.
             most_bytes: What the process may hold in all, over what it held in the beginning.
-            largest_bytes: Size of the largest tensor that every layer makes; larger ones come once a step.
         """
-        if keep and keep_freed_memory(self._device, largest_bytes):
+        if keep and keep_freed_memory(self._device):
             self._most = self._before + most_bytes
         elif self._libc is not None:
             # A threshold that was set stays; otherwise it grows with what is freed, up to 32 MiB.
@@ -130,19 +129,18 @@ class FreedMemory:
         return True
 
 
-def keep_freed_memory(device: torch.device, largest_bytes: int = _MOST_MAPPED) -> bool:
+def keep_freed_memory(device: torch.device) -> bool:
     """Have the C library keep memory that was freed, for the next step, instead of returning it.
 
     glibc maps tensors of tens of megabytes anew each time (`M_MMAP_THRESHOLD`, at most 32 MiB by itself) and
     gives back what is free at the end of the heap (`M_TRIM_THRESHOLD`), so that the kernel clears every page
     once a step: up to a fifth of the time.
 
-    Logits and gradients of the head are larger than what layers make and come once a step. Keeping them too
-    gains nothing that could be measured, and their holes take a fifth more memory.
+    That holds for the head's logits and gradients more than for anything else: mapped anew, they cost a model
+    with 152,000 words a quarter of its step.
 
     Args:
         device: What is trained on; nothing is done unless that is a CPU.
-        largest_bytes: Tensors up to this size are kept.
 
     Returns:
         Whether it was done: only glibc knows these settings (not musl, macOS or Windows), and memory given
@@ -152,8 +150,9 @@ def keep_freed_memory(device: torch.device, largest_bytes: int = _MOST_MAPPED) -
         return False
     libc = ctypes.CDLL(None)
     kept_bytes = 2**31 - 1
-    mapped_bytes = min(max(largest_bytes + 2**16, _LEAST_MAPPED), _MOST_MAPPED)  # with room for malloc's own
-    return bool(libc.mallopt(_M_MMAP_THRESHOLD, mapped_bytes) and libc.mallopt(_M_TRIM_THRESHOLD, kept_bytes))
+    return bool(
+        libc.mallopt(_M_MMAP_THRESHOLD, _MAPPED_BYTES) and libc.mallopt(_M_TRIM_THRESHOLD, kept_bytes)
+    )
 
 
 def _glibc_allocates(device: torch.device) -> bool:

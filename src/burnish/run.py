@@ -96,8 +96,7 @@ def train(config: Config) -> RunResult:
     if ranks.is_main:
         log.info("%s\n%s", plan.describe(), capability.reason)
 
-    keeps, in_layers = plan.memory.device.kept > 0, shape.widest_bytes(counts.max_micro_tokens)
-    freed.settle(keeps, plan.memory.over_process, in_layers)
+    freed.settle(plan.memory.device.kept > 0, plan.memory.over_process)
     supervised = SupervisedModel(model, capability, Objective.of(config.train))
     engine = build_engine(config, ranks, device, supervised)
     exporter = Exporter(config, engine, model, tokenizer, template, ranks)

@@ -187,11 +187,6 @@ class ModelShape:
             for m in matrices
         )
 
-    def widest_bytes(self, num_tokens: int) -> int:
-        """Size of the largest tensor, in fp32, that a layer makes for so many tokens."""
-        widths = (max(matrix.d_in, matrix.d_out) for layer in self.layers for matrix in layer)
-        return 4 * num_tokens * max(widths, default=self.hidden_size)
-
     def cost_model(self) -> CostModel:
         """FLOPs of the forward per token and per token squared: matrices, and causal attention.
 
