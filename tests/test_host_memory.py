@@ -29,7 +29,6 @@ freed = FreedMemory(torch.device("cpu"))
 freed.settle(bool(keep), most * 2**20)
 for _ in range(3):  # by itself glibc would map fewer and fewer of these
     tensors = [torch.ones(size * 2**18) for _ in range(200 // size)]
-    last = torch.ones(2**16)
     del tensors
 held = resident_bytes() - before
 print(held // 2**20, freed.give_back(), (resident_bytes() - before) // 2**20)
@@ -48,7 +47,8 @@ def test_freed_memory_is_kept_where_there_is_room_and_up_to_the_plan(
     command = [sys.executable, "-c", _HOLDS_AFTER_FREEING, str(keep), str(most_mib), str(tensor_mib)]
     said = subprocess.run(command, capture_output=True, text=True, check=True)
     held, given_back, left = said.stdout.split()
-    assert 150 <= int(held) <= 400 if is_held else int(held) <= 20
+    # 200 MiB, and holes that the next ones did not fit into.
+    assert 150 <= int(held) <= 600 if is_held else int(held) <= 20
     assert given_back == str(is_given_back)
     assert int(left) <= 20 if is_given_back else int(left) == int(held)
 
