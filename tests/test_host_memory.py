@@ -29,6 +29,7 @@ freed = FreedMemory(torch.device("cpu"))
 freed.settle(bool(keep), most * 2**20)
 for _ in range(3):  # by itself glibc would map fewer and fewer of these
     tensors = [torch.ones(size * 2**18) for _ in range(200 // size)]
+    last = torch.ones(2**16)
     del tensors
 held = resident_bytes() - before
 print(held // 2**20, freed.give_back(), (resident_bytes() - before) // 2**20)
@@ -38,7 +39,7 @@ print(held // 2**20, freed.give_back(), (resident_bytes() - before) // 2**20)
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the settings are glibc's")
 @pytest.mark.parametrize(
     ("keep", "most_mib", "tensor_mib", "is_held", "is_given_back"),
-    [(1, 900, 4, True, False), (1, 900, 50, True, False), (0, 900, 4, False, False), (1, 100, 4, True, True)],
+    [(1, 600, 4, True, False), (1, 900, 50, True, False), (0, 600, 4, False, False), (1, 100, 4, True, True)],
     ids=["room", "the head's", "no room", "more than planned"],
 )
 def test_freed_memory_is_kept_where_there_is_room_and_up_to_the_plan(
@@ -47,8 +48,9 @@ def test_freed_memory_is_kept_where_there_is_room_and_up_to_the_plan(
     command = [sys.executable, "-c", _HOLDS_AFTER_FREEING, str(keep), str(most_mib), str(tensor_mib)]
     said = subprocess.run(command, capture_output=True, text=True, check=True)
     held, given_back, left = said.stdout.split()
-    # 200 MiB, and holes that the next ones did not fit into.
-    assert 150 <= int(held) <= 900 if is_held else int(held) <= 20
+    # 200 MiB; of large tensors also the holes that the next ones did not fit into.
+    most_held = 400 if tensor_mib == 4 else most_mib
+    assert 150 <= int(held) <= most_held if is_held else int(held) <= 20
     assert given_back == str(is_given_back)
     assert int(left) <= 20 if is_given_back else int(left) == int(held)
 

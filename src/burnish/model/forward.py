@@ -236,7 +236,7 @@ class SupervisedModel(nn.Module):
         hidden = outputs[0].flatten(0, 1)
         if layer is None:
             hidden = hidden.index_select(0, batch.supervised)
-        return hidden, (outputs.router_logits or ()) if wants_routers else ()
+        return hidden, _routers(outputs) if wants_routers else ()
 
     def _trimmed_layer(self, body: nn.Module, batch: DeviceBatch) -> GradientCheckpointingLayer | None:
         """The last layer, if it is to be computed at supervised rows only. Not where there are none: every
@@ -299,8 +299,12 @@ class SupervisedModel(nn.Module):
         # A few old models ignore logits_to_keep's tensor form.
         assert logits.shape[1] == columns
         kept = logits.flatten(0, 1).index_select(0, where).float()
-        wants_routers = "output_router_logits" in arguments
-        return kept, (outputs.router_logits or ()) if wants_routers else ()
+        return kept, _routers(outputs) if "output_router_logits" in arguments else ()
+
+
+def _routers(outputs: Any) -> Sequence[torch.Tensor]:
+    """Every layer's router logits; none from models that say None although they were asked."""
+    return outputs.router_logits or ()
 
 
 def _gradient_only(term: torch.Tensor) -> torch.Tensor:
