@@ -27,6 +27,7 @@ from burnish.host_memory import FreedMemory, bound_kernel_caches
 from burnish.metrics import MetricsWriter
 from burnish.model.attention import asked, can_isolate
 from burnish.model.build import build_model
+from burnish.model.compiled import compile_layers
 from burnish.model.foresee import shape_of
 from burnish.model.forward import SupervisedModel
 from burnish.model.load import load_model_config, stored_dtype
@@ -97,6 +98,7 @@ def train(config: Config) -> RunResult:
         log.info("%s\n%s", plan.describe(), capability.reason)
 
     freed.settle(plan.memory.device.kept > 0, plan.memory.over_process)
+    compile_layers(model, capability, device, config.model.compile)
     supervised = SupervisedModel(model, capability, Objective.of(config.train))
     engine = build_engine(config, ranks, device, supervised)
     exporter = Exporter(config, engine, model, tokenizer, template, ranks)

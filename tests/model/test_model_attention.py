@@ -62,6 +62,17 @@ def test_documents_equal_one_masked_call(window, key_heads, written_out, monkeyp
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("window", [None, 4])
+@pytest.mark.parametrize("value_width", [8, 6])
+def test_one_document_by_torchs_own_kernels(window, value_width):
+    query, key, value = heads()
+    scores = ours.Scores(0.3, window, None, None, 0.0)
+    out = ours._torchs_own(query, key, value[..., :value_width], scores)
+    seen = ours.causal_mask(sum(LENGTHS), window, query.device)
+    expected = ours._written_out(query, key, value[..., :value_width], seen, scores)
+    torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-6)
+
+
 def test_bf16_inputs_give_bf16_outputs_from_fp32_work():
     inputs = heads(dtype=torch.bfloat16)
     out, _ = document_attention(torch.nn.Identity(), *inputs, document_mask(BOUNDS, max(LENGTHS)))

@@ -1,5 +1,6 @@
 """Documents that share their beginnings give the loss and the gradients that they give apart."""
 
+import inspect
 from itertools import pairwise
 
 import numpy as np
@@ -102,8 +103,9 @@ def test_varlen_is_given_the_right_sequences(window, monkeypatch):
 
 
 def use_kernel(kernel, monkeypatch):
-    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", kernel)
-    monkeypatch.setattr(kernels, "_parameters", kernels._parameters.__wrapped__)
+    monkeypatch.setattr(kernels, "varlen_attn", kernel)
+    monkeypatch.setattr(kernels, "_PARAMETERS", frozenset(inspect.signature(kernel).parameters))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
 
 
 def of_2_10(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, is_causal=False, return_aux=None):
@@ -125,10 +127,19 @@ def of_2_13(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, return_aux=N
 @pytest.mark.parametrize("key_heads", [2, 4])
 def test_the_kernel_is_called_as_each_version_wants(kernel, key_heads, monkeypatch):
     use_kernel(kernel, monkeypatch)
-    fits = kernels.fits_varlen(torch.zeros(1, 4, 3, 64, dtype=torch.bfloat16))
+
+    def fit(width=64, value_width=64, dtype=torch.bfloat16):
+        query, value = (torch.zeros(1, 4, 3, size, dtype=dtype) for size in (width, value_width))
+        return kernels.fits_varlen(query, value)
+
+    fits = fit()
     assert fits == (kernel is not of_2_10)
-    assert not kernels.fits_varlen(torch.zeros(1, 4, 3, 60, dtype=torch.bfloat16))  # no multiple of 8
-    assert not kernels.fits_varlen(torch.zeros(1, 4, 3, 64))  # fp32
+    assert fit(192, 128) == fits  # latent attention: values are padded
+    assert not fit(60, 60)  # no multiple of 8
+    assert not fit(64, 128)
+    assert not fit(dtype=torch.float32)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
+    assert not fit()
     if fits:
         inputs = heads(key_heads)
         q, k, v = (x[0].transpose(0, 1) for x in inputs)

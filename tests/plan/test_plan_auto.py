@@ -118,3 +118,10 @@ def test_others_are_left_to_a_trial_and_settings_decide_first() -> None:
     assert surely_packed(config(), {"model_type": "mamba"}) is None
     assert surely_packed(config(), {"model_type": "llama", "rope_scaling": {"rope_type": "dynamic"}}) is None
     assert surely_packed(config(), {"model_type": "llama", "rope_scaling": {"rope_type": "llama3"}}) is True
+
+
+def test_compiled_layers_are_never_light() -> None:
+    """What `light` computes again, the compiler does with `none`."""
+    asked = config(model={"path": "m", "activation_checkpointing": "auto", "compile": True})
+    resolved = [resolve_auto(asked, LLAMA_8B, 1, size * GB) for size in range(20, 200, 10)]
+    assert {r.model.activation_checkpointing for r in resolved} == {"none", "full"}

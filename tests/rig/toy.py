@@ -14,6 +14,7 @@ from burnish.config.schema import Config
 from burnish.data.store import ExampleStore
 from burnish.model.adapt import adapt
 from burnish.model.attention import can_isolate
+from burnish.model.compiled import compile_layers
 from burnish.model.forward import SupervisedModel
 from burnish.model.objective import Objective
 from burnish.records import Example
@@ -120,4 +121,5 @@ def toy_model(config: Config, dtype: torch.dtype, tied: bool = False, mlp_width:
         freeze=config.model.freeze,
         mlp_tile_tokens=config.model.mlp_tile_tokens,
     )
+    compile_layers(adapted, capability, torch.device("cpu"), config.model.compile)
     return SupervisedModel(adapted, capability, Objective.of(config.train))

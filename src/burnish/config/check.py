@@ -54,6 +54,7 @@ def _check_model(config: Config) -> Iterator[Problem]:
     if model.mlp_tile_tokens is not None and config.train.router_aux_loss != 0:
         what = "does not go with train.router_aux_loss: a router's balance is that of all tokens together"
         yield Problem("model.mlp_tile_tokens", what, "Leave one of them out.")
+    yield from _check_compile(config)
     if any(not token.strip() for token in model.add_tokens):
         yield Problem("model.add_tokens", "holds an empty token", "Take it out.")
     if config.adapter is not None and model.pad_vocab_multiple is not None:
@@ -62,6 +63,22 @@ def _check_model(config: Config) -> Iterator[Problem]:
     if config.adapter is not None and config.adapter.targets == ():
         cure = "Name modules, or leave it all-linear."
         yield Problem("adapter.targets", "is an empty list: nothing would be trained", cure)
+
+
+def _check_compile(config: Config) -> Iterator[Problem]:
+    if not config.model.compile:
+        return
+    cure = "Leave one of them out."
+    if config.model.activation_checkpointing == "light":
+        what = "does not go with activation_checkpointing: light, which is what the compiler does by itself"
+        yield Problem("model.compile", what, "Set model.activation_checkpointing: none.")
+    if config.model.mlp_tile_tokens is not None:
+        yield Problem("model.compile", "does not go with model.mlp_tile_tokens yet", cure)
+    if config.engine.sequence_parallel > 1:
+        yield Problem("model.compile", "does not go with engine.sequence_parallel yet", cure)
+    if config.engine.zero_stage == 3 and not _is_local(config):
+        what = "does not go with ZeRO 3, which gathers weights in the middle of a layer"
+        yield Problem("model.compile", what, "Set engine.zero_stage: 2, or leave model.compile out.")
 
 
 def _check_model_folder(folder: Path) -> Iterator[Problem]:
@@ -180,10 +197,15 @@ def _check_nvme(config: Config) -> Iterator[Problem]:
         yield Problem("engine.nvme_path", "is set, but nothing is offloaded to nvme", cure)
 
 
+def _is_local(config: Config) -> bool:
+    """Whether DeepSpeed does not run, as far as the config alone can tell."""
+    one_process = config.launch.num_processes == 1
+    return not config.engine.uses_deepspeed(1 if one_process else 2)
+
+
 def _check_engine(config: Config) -> Iterator[Problem]:
     engine, adapter = config.engine, config.adapter
-    one_process = config.launch.num_processes == 1
-    local = not engine.uses_deepspeed(1 if one_process else 2)
+    local = _is_local(config)
     if adapter is not None and adapter.quantize is not None and engine.zero_stage == 3 and not local:
         cure = "Use engine.zero_stage: 2 with a quantised base, or leave adapter.quantize out."
         yield Problem("adapter.quantize", f"{adapter.quantize} does not work with engine.zero_stage 3", cure)

@@ -11,9 +11,10 @@ Without such a tensor (generation, padded micro-batches) the function is transfo
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float, Int32
@@ -40,6 +41,10 @@ _WITHOUT_EFFECT = frozenset(
     }
 )  # fmt: skip
 
+_READS_BOUNDS = "numbers of tokens are read from a tensor"
+"""Why a compiled layer calls these as they are."""
+
+Kernel = Literal["flash_cpu", "varlen"]
 DocumentMask = Int32[torch.Tensor, "1 1 longest bounds"]
 
 
@@ -134,15 +139,21 @@ def document_attention(  # noqa: PLR0913, PLR0917 (transformers calls it by thes
         raise UnsupportedAttentionError(f"its layers pass {', '.join(unknown)} to attention")
     if query.shape[0] != 1 or query.shape[2] != key.shape[2]:
         raise UnsupportedAttentionError("packed documents need one row and as many keys as queries")
-    plain = scores.plain and query.shape[-1] == value.shape[-1]
+    kernel = kernel_for(query, value) if scores.plain else None
     if is_prefix_mask(attention_mask):
-        return _with_prefixes(query, key, value, attention_mask, scores, plain), None
-    if plain and query.device.type == "cpu":
-        bounds = attention_mask[0, 0, 0].tolist()
-        return document_flash_attention(query, key, value, bounds, scale, sliding_window), None
-    if plain and query.device.type == "cuda" and fits_varlen(query):
+        return _with_prefixes(query, key, value, attention_mask, scores, kernel), None
+    if kernel == "flash_cpu":
+        return _flash_on_cpu(query, key, value, attention_mask, scores), None
+    if kernel == "varlen":
         return _varlen(query, key, value, attention_mask, scale, sliding_window), None
     return _one_by_one(query, key, value, attention_mask, scores), None
+
+
+def kernel_for(query: torch.Tensor, value: torch.Tensor) -> Kernel | None:
+    """Which kernel knows documents where these queries and values are; None where none does."""
+    if query.device.type == "cpu":
+        return "flash_cpu" if query.shape[-1] == value.shape[-1] else None
+    return "varlen" if query.device.type == "cuda" and fits_varlen(query, value) else None
 
 
 def _without_documents(
@@ -167,6 +178,14 @@ def _without_documents(
     return _written_out(query, key, value, mask, scores), None
 
 
+@torch.compiler.disable(reason=_READS_BOUNDS)
+def _flash_on_cpu(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor, scores: Scores
+) -> Float[torch.Tensor, "1 tokens heads width"]:
+    bounds = mask[0, 0, 0].tolist()
+    return document_flash_attention(query, key, value, bounds, scores.scale, scores.window)
+
+
 def _varlen(
     query: torch.Tensor,
     key: torch.Tensor,
@@ -174,31 +193,39 @@ def _varlen(
     mask: torch.Tensor,
     scale: float,
     window: int | None,
-) -> Float[torch.Tensor, "1 tokens heads width"]:
+) -> Float[torch.Tensor, "1 tokens heads value_width"]:
     """FlashAttention over all documents in one call."""
-    dtype = varlen_dtype(query)
-    # The kernel wants tokens first: [tokens, heads, width].
-    q, k, v = (x[0].transpose(0, 1).to(dtype) for x in (query, key, value))
     bounds = mask[0, 0, 0].contiguous()
-    return varlen(q, k, v, bounds, bounds, mask.shape[2], scale, window)
+    q, k, v = _as_varlen_wants(query, key, value)
+    return varlen(q, k, v, bounds, bounds, mask.shape[2], scale, window)[..., : value.shape[-1]]
 
 
+def _as_varlen_wants(*states: torch.Tensor) -> Iterator[Float[torch.Tensor, "tokens _heads width"]]:
+    """Query, key and value, tokens first, in the kernel's dtype. Values narrower than queries (latent
+    attention) get zeros: what becomes of those is cut off."""
+    dtype, width = varlen_dtype(states[0]), states[0].shape[-1]
+    for state in states:
+        narrower = width - state.shape[-1]
+        wide = nn.functional.pad(state, (0, narrower)) if narrower else state
+        yield wide[0].transpose(0, 1).to(dtype)
+
+
+@torch.compiler.disable(reason=_READS_BOUNDS)
 def _with_prefixes(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
     mask: torch.Tensor,
     scores: Scores,
-    plain: bool,
+    kernel: Kernel | None,
 ) -> Float[torch.Tensor, "1 tokens heads value_width"]:
     """Rows in which documents share their beginnings."""
     window = scores.window if scores.window is not None and scores.window < mask.shape[2] else None
-    if plain and query.device.type == "cpu" and window is None:
+    if kernel == "flash_cpu" and window is None:
         return shared_flash_attention(query, key, value, segments_of(mask), scores.scale)
-    if plain and query.device.type == "cuda" and fits_varlen(query):
-        dtype = varlen_dtype(query)
-        q, k, v = (x[0].transpose(0, 1).to(dtype) for x in (query, key, value))
-        return shared_varlen_attention(q, k, v, mask, scores.scale, window)
+    if kernel == "varlen":
+        q, k, v = _as_varlen_wants(query, key, value)
+        return shared_varlen_attention(q, k, v, mask, scores.scale, window)[..., : value.shape[-1]]
     segments, outs = segments_of(mask), []
     for i, (begin, stop) in enumerate(zip(segments.begins, segments.stops, strict=True)):
         runs = segments.keys(i)
@@ -208,6 +235,7 @@ def _with_prefixes(
     return torch.cat(outs, dim=1)
 
 
+@torch.compiler.disable(reason=_READS_BOUNDS)
 def _one_by_one(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor, scores: Scores
 ) -> Float[torch.Tensor, "1 tokens heads value_width"]:
@@ -216,8 +244,24 @@ def _one_by_one(
     outs = []
     for begin, end in pairwise(bounds):
         q, k, v = (x[:, :, begin:end] for x in (query, key, value))
-        outs.append(_written_out(q, k, v, causal_mask(end - begin, scores.window, q.device), scores))
+        if scores.plain and query.device.type == "cuda":
+            outs.append(_torchs_own(q, k, v, scores))
+        else:
+            outs.append(_written_out(q, k, v, causal_mask(end - begin, scores.window, q.device), scores))
     return torch.cat(outs, dim=1)
+
+
+def _torchs_own(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scores: Scores
+) -> Float[torch.Tensor, "1 tokens heads value_width"]:
+    """One document by PyTorch's kernels, which keep no matrix of scores on a GPU, in fp32 neither."""
+    groups, length = query.shape[1] // key.shape[1], query.shape[2]
+    key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+    hides = scores.window is not None and scores.window < length
+    mask = causal_mask(length, scores.window, query.device).to(query.dtype) if hides else None
+    attend = nn.functional.scaled_dot_product_attention
+    out = attend(query, key, value, attn_mask=mask, is_causal=mask is None, scale=scores.scale)
+    return out.transpose(1, 2)
 
 
 def _written_out(

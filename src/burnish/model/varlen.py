@@ -7,12 +7,14 @@ nowhere else.
 from __future__ import annotations
 
 import inspect
-from functools import cache
 from typing import Any
 
 import torch
 from jaxtyping import Float, Int32
+from torch.nn.attention.varlen import varlen_attn
 
+# Asked once, and not in a function: the compiler reads what uses it.
+_PARAMETERS = frozenset(inspect.signature(varlen_attn).parameters)
 _DTYPES = (torch.bfloat16, torch.float16)
 _MAX_HEAD_WIDTH = 256
 
@@ -22,12 +24,19 @@ def varlen_dtype(query: torch.Tensor) -> torch.dtype:
     return torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else query.dtype
 
 
-def fits_varlen(query: torch.Tensor) -> bool:
-    """Whether the kernel takes queries of this dtype and width (the last axis, a multiple of 8), and this
-    PyTorch lets it be told a scale and a window (2.11 and later)."""
+def fits_varlen(query: torch.Tensor, value: torch.Tensor) -> bool:
+    """Whether the kernel takes queries of this dtype and width (the last axis, a multiple of 8) and values
+    that are not wider, this PyTorch can tell it a scale and a window (2.11 and later), and the GPU has it."""
     width = query.shape[-1]
-    is_told = {"scale", "window_size"} <= _parameters()
-    return is_told and varlen_dtype(query) in _DTYPES and width <= _MAX_HEAD_WIDTH and width % 8 == 0
+    is_told = {"scale", "window_size"} <= _PARAMETERS
+    fits = value.shape[-1] <= width <= _MAX_HEAD_WIDTH and width % 8 == 0
+    return is_told and fits and varlen_dtype(query) in _DTYPES and _gpu_has_flash_attention()
+
+
+@torch.compiler.assume_constant_result
+def _gpu_has_flash_attention() -> bool:
+    """Nvidia's GPUs since Ampere have it; AMD's of today count from 9."""
+    return torch.cuda.get_device_capability() >= (8, 0)
 
 
 def varlen(
@@ -52,10 +61,8 @@ def varlen(
         scale: Of the scores.
         window: How many tokens each one sees, itself included; None is all before it.
     """
-    from torch.nn.attention.varlen import varlen_attn
-
     # Without being told, 2.11 takes fewer key heads than heads; later versions want it said.
-    grouped = {"enable_gqa": query.shape[1] != key.shape[1]} if "enable_gqa" in _parameters() else {}
+    grouped = {"enable_gqa": query.shape[1] != key.shape[1]} if "enable_gqa" in _PARAMETERS else {}
     # The kernel's window counts the tokens before the token itself.
     before = -1 if window is None else window - 1
     call: Any = varlen_attn
@@ -63,13 +70,3 @@ def varlen(
     out = call(query, key, value, *sizes, scale=scale, window_size=(before, 0), **grouped)
     assert isinstance(out, torch.Tensor)  # a tuple only where auxiliary results are asked for
     return out[None]
-
-
-@cache
-def _parameters() -> frozenset[str]:
-    """Names of what this PyTorch's `varlen_attn` takes; none where it has no such function."""
-    try:
-        from torch.nn.attention.varlen import varlen_attn
-    except ImportError:
-        return frozenset()
-    return frozenset(inspect.signature(varlen_attn).parameters)

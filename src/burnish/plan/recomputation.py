@@ -14,6 +14,8 @@ Level = Literal["none", "light", "full"]
 LEVELS: tuple[Level, ...] = ("none", "light", "full")
 """From the fastest to the smallest. `offload` is not among them: whether the host has room for a model's
 inputs and how fast they travel there, the plan does not know."""
+COMPILED_LEVELS: tuple[Level, ...] = ("none", "full")
+"""Of compiled layers: what `light` computes again, the compiler does with `none`."""
 
 
 def with_recomputation(config: Config, level: Level) -> Config:
@@ -43,9 +45,10 @@ def choose_recomputation(
         return "none"
     asked = config.batch.micro_tokens
     tokens = max(config.data.max_tokens, asked if isinstance(asked, int) else DEFAULT_MICRO_TOKENS)
-    for level in LEVELS:
+    levels = COMPILED_LEVELS if config.model.compile else LEVELS
+    for level in levels:
         trial = with_recomputation(config, level)
         needed = estimate_memory(trial, shape, world_size, tokens, device_type=device_type).device.total
         if needed <= usable_bytes:
             return level
-    return LEVELS[-1]
+    return levels[-1]

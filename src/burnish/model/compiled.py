@@ -1,0 +1,81 @@
+"""A model's layers compiled one by one: norms, rotations, activations and casts become a few kernels.
+
+`torch.compile` of a layer and not of the model (regional compilation): layers share their code, so that the
+first one's kernels are everybody's, and compiling takes a minute whatever the depth. Sizes stay open
+(`dynamic=True`): packed rows are of another length in every micro-batch, and kernels that were made for one
+length would be made again for the next.
+
+    not compiled      +- norm | q k v | rotate | attention | o | add | norm | gate up | act | down | add -+
+    compiled          +- norm | q k v | rotate | attention | o | add+norm   | gate up | act | down | add -+
+                         casts within the neighbours; on a CPU attention stays a call of its own
+
+What a compiled layer keeps for its backward, the compiler chooses: cheap operations are computed again, as
+with `activation_checkpointing: light`.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from burnish.errors import ConfigError, MachineError, Problem
+from burnish.model.anatomy import body_of, causal_model
+from burnish.model.attention import Capability
+from burnish.model.last_layer import last_layer
+
+COMPILERS = ("c++", "g++", "clang++")
+
+
+def compile_layers(model: nn.Module, capability: Capability, device: torch.device, wanted: bool) -> None:
+    """Have every layer compiled when it is first called, in training and in evaluation.
+
+    Names of weights stay as they are. Nothing is done to heads, embeddings and vision parts.
+
+    Args:
+        model: A causal language model, adapted or not, after `can_isolate`: trials need no kernels.
+        capability: What was found there.
+        device: Where it will be computed.
+        wanted: `model.compile`; nothing is done without it.
+
+    Raises:
+        ConfigError: The model is not made of layers that transformers knows as such.
+        MachineError: There is nothing to compile with.
+    """
+    if not wanted:
+        return
+    _require_compiler(device)
+    found = list(_regions(model, capability))
+    if not found:
+        what = f"{type(causal_model(model)).__name__} has no layers that could be compiled"
+        raise ConfigError(Problem("model.compile", what, "Leave it out."))
+    for region in found:
+        region.compile(dynamic=True)
+
+
+def _regions(model: nn.Module, capability: Capability) -> Iterator[nn.Module]:
+    causal = causal_model(model)
+    body = body_of(causal) or causal
+    # The forward of a layer that is computed at supervised rows is another one in every micro-batch: its
+    # parts are not.
+    in_parts = last_layer(body) if capability.whole_last_layer is None else None
+    for module in body.modules():
+        if module is in_parts:
+            yield from module.children()
+        elif isinstance(module, GradientCheckpointingLayer):
+            yield module
+
+
+def _require_compiler(device: torch.device) -> None:
+    cure = "Leave model.compile out, or install it: apt install g++."
+    named = os.environ.get("CXX")
+    if not any(shutil.which(name) for name in ((named,) if named else COMPILERS)):
+        raise MachineError(Problem("model.compile", "there is no C++ compiler", cure))
+    if device.type == "cuda" and importlib.util.find_spec("triton") is None:
+        cure = "Leave model.compile out, or install triton, which torch for CUDA comes with."
+        raise MachineError(Problem("model.compile", "triton is not installed", cure))
