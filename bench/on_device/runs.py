@@ -38,7 +38,6 @@ def marked_tests(device: str) -> dict[str, Any]:
         "pytest",
         "-m",
         "gpu",
-        "-q",
         "--disable-warnings",
         "-p",
         "no:cacheprovider",

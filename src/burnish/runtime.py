@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import atexit
 import base64
+import contextlib
 import datetime
 import logging
 import os
 import random
 import sys
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NoReturn, cast
 
@@ -67,9 +68,20 @@ def pick_device(ranks: Ranks) -> torch.device:
 
     if not torch.cuda.is_available():
         return torch.device("cpu")
+    _let_segments_grow(os.environ)
     device = torch.device("cuda", ranks.local_rank % torch.cuda.device_count())
     torch.cuda.set_device(device)
     return device
+
+
+def _let_segments_grow(environ: MutableMapping[str, str]) -> None:
+    """Have torch's allocator on a GPU lengthen its pieces of memory instead of taking new ones.
+
+    Packed micro-batches are each of another length, so that hardly any tensor fits where another one was. Has
+    to be said before the first allocation; who has set one of the variables is not overruled.
+    """
+    if sys.platform == "linux" and "PYTORCH_CUDA_ALLOC_CONF" not in environ:
+        environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 
 
 def start_process_group(
@@ -174,6 +186,18 @@ def seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
 
 
+@contextlib.contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Torch's random numbers from a seed inside, and afterwards those that would have come without it; on the
+    GPU too, which `torch.manual_seed` seeds along."""
+    import torch
+
+    gpus = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+    with torch.random.fork_rng(gpus):
+        torch.manual_seed(seed)
+        yield
+
+
 def random_state() -> dict[str, Any]:
     """This rank's random state as a JSON-able value; `restore_random_state` takes it back."""
     import torch
@@ -236,6 +260,16 @@ def quieten_libraries() -> None:
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()
+
+
+def send_array(array: np.ndarray, device: torch.device) -> torch.Tensor:
+    """An array on the device. A GPU gets it by way of pinned memory, so that the host does not wait."""
+    import torch
+
+    tensor = torch.from_numpy(np.ascontiguousarray(array))
+    if device.type == "cuda":
+        tensor = tensor.pin_memory()  # kept by torch's own allocator until the copy is done
+    return tensor.to(device, non_blocking=True)
 
 
 def gather_objects(value: Any, ranks: Ranks) -> list[Any]:

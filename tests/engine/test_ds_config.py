@@ -14,8 +14,16 @@ from burnish.engine.ds_workarounds import add_without_copy, measure_by_rows
 from rig.toy import toy_config
 
 
-def built(settings: dict[str, Any], on_gpu: bool = False) -> dict[str, Any]:
-    return deepspeed_config(toy_config("out", settings), on_gpu=on_gpu)
+def built(settings: dict[str, Any], num_gpus: int = 0) -> dict[str, Any]:
+    return deepspeed_config(toy_config("out", settings), num_gpus)
+
+
+@pytest.mark.parametrize("num_gpus", [0, 1, 8])
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_communication_is_overlapped_where_it_can_be(stage: int, num_gpus: int) -> None:
+    """DeepSpeed refuses to start at stage 1 with it: `managed_gradient_accumulation` is off."""
+    overlaps = built({"engine.zero_stage": stage}, num_gpus)["zero_optimization"]["overlap_comm"]
+    assert overlaps == (stage > 1 and num_gpus > 1)
 
 
 @pytest.mark.parametrize("stage", range(4))
@@ -52,7 +60,7 @@ def test_no_clipping_is_zero() -> None:
 def test_offload() -> None:
     settings = built(
         {"engine.zero_stage": 3, "engine.offload_optimizer": "nvme", "engine.offload_params": "cpu"},
-        on_gpu=True,
+        num_gpus=1,
     )
     zero = settings["zero_optimization"]
     assert zero["offload_param"] == {"device": "cpu", "pin_memory": True}
@@ -89,7 +97,7 @@ def test_nvme() -> None:
     zero = built(nvme)["zero_optimization"]
     assert zero["offload_optimizer"]["nvme_path"].endswith("out/.offload")
     elsewhere = built({**nvme, "engine.nvme_path": "/fast"})["zero_optimization"]["offload_optimizer"]
-    other = deepspeed_config(toy_config("other/out", {**nvme, "engine.nvme_path": "/fast"}), on_gpu=False)
+    other = deepspeed_config(toy_config("other/out", {**nvme, "engine.nvme_path": "/fast"}), 0)
     assert elsewhere["nvme_path"].startswith("/fast/out-")
     # Two runs on one disk do not write over each other.
     assert elsewhere["nvme_path"] != other["zero_optimization"]["offload_optimizer"]["nvme_path"]

@@ -50,7 +50,7 @@ from burnish.engine.ds_nvme import (
     swappers_of_weights,
     write_swapped_state,
 )
-from burnish.engine.ds_shards import shards_of_zero, share_of, sizes_of
+from burnish.engine.ds_shards import gpus_of, shards_of_zero, share_of, sizes_of
 from burnish.engine.ds_weights import round_weights, set_masters, share_whole_weights
 from burnish.engine.ds_workarounds import (
     add_without_copy,
@@ -93,7 +93,7 @@ def prepare_deepspeed(ranks: Ranks, device: torch.device) -> None:
     quieten(deepspeed_logger)
     if device.type == "cpu":
         skip_shm_compile(deepspeed.ops.__compatible_ops__)
-    announce_ranks(ranks)
+    announce_ranks(ranks, device)
     join_alone(ranks, device)
     deepspeed.init_distributed(verbose=False)
     if device.type == "cpu":
@@ -141,7 +141,7 @@ def zero3_init_context(
     _check_settings(config)
     largest = largest_parameter(config.model) if swaps_weights(config) else None
     sizes = None if largest is None else ModelSizes(largest_share=share_of(ranks, largest))
-    settings = deepspeed_config(config, on_gpu=device.type == "cuda", sizes=sizes)
+    settings = deepspeed_config(config, gpus_of(ranks, device), sizes)
     if dtype == torch.float32:  # zero.Init takes the dtype from these sections
         settings = {key: value for key, value in settings.items() if key not in ("bf16", "fp16")}
     kept_alive = HfDeepSpeedConfig({**settings, "train_batch_size": ranks.world_size})
@@ -193,7 +193,7 @@ class DeepSpeedEngine(Engine):
         self._engine: Any = deepspeed.initialize(
             model=model,
             optimizer=self._optimizer,
-            config=deepspeed_config(config, on_gpu=device.type == "cuda", sizes=sizes_of(model, ranks)),
+            config=deepspeed_config(config, gpus_of(ranks, device), sizes_of(model, ranks)),
             dist_init_required=False,
         )[0]
         if precise:

@@ -36,7 +36,7 @@ class ModelSizes:
     """A rank's part of the largest weight, which a buffer for weights on NVMe must hold."""
 
 
-def deepspeed_config(config: Config, *, on_gpu: bool, sizes: ModelSizes | None = None) -> dict[str, Any]:
+def deepspeed_config(config: Config, num_gpus: int, sizes: ModelSizes | None = None) -> dict[str, Any]:
     """The dict for `deepspeed.initialize` that the step recipe needs.
 
     Windows own the accumulation: DeepSpeed sees `gradient_accumulation_steps: 1` and, unmanaged,
@@ -46,7 +46,8 @@ def deepspeed_config(config: Config, *, on_gpu: bool, sizes: ModelSizes | None =
 
     Args:
         config: The run.
-        on_gpu: Pinned memory and overlapped communication exist only there.
+        num_gpus: Of all ranks, 0 on CPUs: pinned memory exists only with one, overlapped communication only
+            with several.
         sizes: Of the model, where it is known; buffers are then no larger than it needs.
     """
     settings: dict[str, Any] = {
@@ -55,7 +56,7 @@ def deepspeed_config(config: Config, *, on_gpu: bool, sizes: ModelSizes | None =
         "managed_gradient_accumulation": False,
         # Without ZeRO we clip ourselves, see `DeepSpeedEngine.step`.
         "gradient_clipping": (config.optim.max_grad_norm or 0.0) if config.engine.zero_stage else 0.0,
-        "zero_optimization": _zero_section(config, on_gpu, sizes or ModelSizes()),
+        "zero_optimization": _zero_section(config, num_gpus, sizes or ModelSizes()),
         "zero_allow_untested_optimizer": True,
         # Its timer makes the host wait for the device in every forward.
         "timers": {"throughput": {"enabled": False}},
@@ -109,15 +110,17 @@ def _precision_sections(config: Config) -> dict[str, Any]:
     return {"fp16": {"enabled": True, "loss_scale": 2.0**FIRST_LOSS_SCALE_POWER}, **sums}
 
 
-def _zero_section(config: Config, on_gpu: bool, sizes: ModelSizes) -> dict[str, Any]:
-    stage = config.engine.zero_stage
+def _zero_section(config: Config, num_gpus: int, sizes: ModelSizes) -> dict[str, Any]:
+    stage, on_gpu = config.engine.zero_stage, num_gpus > 0
     section: dict[str, Any] = {"stage": stage}
     if stage == 0:
         return section
     bucket = BUCKET_ELEMENTS if on_gpu or stage == 3 else BUCKET_ELEMENTS_CPU
     section |= {
         "reduce_bucket_size": min(bucket, sizes.trainable),
-        "overlap_comm": on_gpu,
+        # DeepSpeed (0.19) refuses it at stage 1 with an accumulation that it does not manage; and one rank
+        # would only wait for the device after every micro-batch.
+        "overlap_comm": stage > 1 and num_gpus > 1,
         "contiguous_gradients": True,
     }
     if stage < 3:

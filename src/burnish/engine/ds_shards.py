@@ -18,6 +18,11 @@ def share_of(ranks: Ranks, num_elements: int) -> int:
     return -(-num_elements // ranks.world_size)
 
 
+def gpus_of(ranks: Ranks, device: torch.device) -> int:
+    """GPUs of all ranks; none where this one computes on a CPU."""
+    return ranks.world_size if device.type == "cuda" else 0
+
+
 def sizes_of(model: nn.Module, ranks: Ranks) -> ModelSizes:
     """What of a model's sizes matters to DeepSpeed's buffers."""
 

@@ -37,17 +37,18 @@ def skip_shm_compile(compatible_ops: MutableMapping[str, bool]) -> None:
     compatible_ops["deepspeed_shm_comm"] = False
 
 
-def announce_ranks(ranks: Ranks) -> None:
+def announce_ranks(ranks: Ranks, device: torch.device) -> None:
     """Put the ranks into the environment, where DeepSpeed reads them.
 
     `runtime/engine.py` and `zero/partition_parameters.py` read `LOCAL_RANK` and `comm.py` looks
     for `RANK`; started as one process, or by srun, there is none. Without them DeepSpeed goes
-    looking for MPI.
+    looking for MPI. It takes the local rank for the number of the GPU, which it is not where a launcher
+    shows every process a GPU of its own (Slurm's `--gpus-per-task`).
 
-    Remove when: DeepSpeed takes ranks as arguments.
+    Remove when: DeepSpeed takes ranks and the device as arguments.
     """
     os.environ.setdefault("RANK", str(ranks.rank))
-    os.environ.setdefault("LOCAL_RANK", str(ranks.local_rank))
+    os.environ["LOCAL_RANK"] = str(ranks.local_rank if device.index is None else device.index)
     os.environ.setdefault("WORLD_SIZE", str(ranks.world_size))
 
 
@@ -222,17 +223,18 @@ def groups_kept_apart(optimizer: torch.optim.Optimizer) -> Iterator[None]:
     `load_hp_checkpoint_state_from_checkpoint_dir_stage3`) gives every group the first one's
     settings, so that norms and biases would decay like matrices; and all groups one tensor as
     their step counter, so that every group's step counts for all and Adam corrects its bias for
-    too many. What decays is the config's to say, not the checkpoint's.
+    too many. What decays is the config's to say, not the checkpoint's. And stages 1 to 3 leave the counter
+    on the CPU, where the file was read; fused AdamW wants it beside its parameter.
 
-    Remove when: each group gets its own settings and its own counter back.
+    Remove when: each group gets its own settings and its own counter back, on the device.
     """
     kept = [{k: v for k, v in g.items() if k not in ("params", "lr")} for g in optimizer.param_groups]
     yield
     for group, settings in zip(optimizer.param_groups, kept, strict=True):
         group.update(settings)
-    for entries in optimizer.state.values():
+    for parameter, entries in optimizer.state.items():
         if isinstance(entries.get("step"), torch.Tensor):
-            entries["step"] = entries["step"].clone()
+            entries["step"] = entries["step"].to(parameter.device, copy=True)
 
 
 @contextlib.contextmanager

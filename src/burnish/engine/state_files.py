@@ -43,8 +43,9 @@ def optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[
 def restore_optimizer_state(
     model: nn.Module, optimizer: torch.optim.Optimizer, flat: Mapping[str, torch.Tensor]
 ) -> None:
-    """Put back what `optimizer_state` gave, each tensor on its parameter's device."""
+    """Put back what `optimizer_state` gave, each tensor where the optimizer has it."""
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    fused = {id(p) for group in optimizer.param_groups if group.get("fused") for p in group["params"]}
     optimizer.state.clear()
     for entry, value in flat.items():
         name, key = entry.rsplit("/", 1)
@@ -59,8 +60,10 @@ def restore_optimizer_state(
         if value.dtype == torch.int64 and value.dim() == 0:
             optimizer.state[parameters[name]][key] = int(value)
             continue
-        # Fused AdamW wants `step` on the parameter's device, and so does everything else.
-        optimizer.state[parameters[name]][key] = value.to(parameters[name].device, copy=True)
+        parameter = parameters[name]
+        # A fused kernel wants `step` beside its parameter; a loop in Python reads it, and waits for a GPU.
+        there = value.device if key == "step" and id(parameter) not in fused else parameter.device
+        optimizer.state[parameter][key] = value.to(there, copy=True)
 
 
 def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import difflib
 from collections.abc import Sequence
 
-import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -17,6 +17,7 @@ from burnish.model.reach import not_called, tell_unreached, unreached_weights
 from burnish.model.recompute import Level, Region, recompute_layers
 from burnish.model.tiling import tile_layers
 from burnish.model.vision import has_vision, language_linears
+from burnish.runtime import seeded
 
 
 def adapt(
@@ -53,15 +54,23 @@ def adapt(
     if activation_checkpointing != "none":
         # The frozen embeddings' output needs no gradient; a recomputed layer wants an input that does.
         model.enable_input_require_grads()
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with seeded(seed):
         adapted = _adapted(model, adapter)
     assert isinstance(adapted, PeftModel)
     for parameter in adapted.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
+    _leave_inputs_as_they_are(adapted)
     _freeze(adapted, freeze)
     return adapted
+
+
+def _leave_inputs_as_they_are(model: PeftModel) -> None:
+    """peft casts an adapter's input to the adapter's fp32, which autocast takes back: the same numbers twice
+    over, and a copy of its own for each product's backward. Engines see to one dtype by themselves."""
+    for module in model.modules():
+        if isinstance(module, LoraLayer):
+            module.cast_input_dtype_enabled = False
 
 
 def _freeze(model: nn.Module, patterns: Sequence[str]) -> None:

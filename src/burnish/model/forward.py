@@ -29,6 +29,7 @@ from burnish.model.last_layer import MOST_SUPERVISED, last_layer, supervised_row
 from burnish.model.objective import PLAIN, Objective
 from burnish.model.prefix_attention import is_prefix_mask, prefix_mask, prefix_numbers
 from burnish.records import NO_TARGET, MicroBatch, SharedRow
+from burnish.runtime import send_array
 
 
 @dataclass(frozen=True)
@@ -75,46 +76,39 @@ def to_device(micro_batch: MicroBatch, device: torch.device) -> DeviceBatch:
     supervised = np.flatnonzero((targets != NO_TARGET) & (micro_batch.weights.reshape(-1) != 0))
     if micro_batch.packed:
         document_of = np.repeat(np.arange(len(lengths)), lengths)
-        bounds = torch.from_numpy(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32))
-        mask = document_mask(bounds.to(device, non_blocking=True), int(lengths.max(initial=1)))
+        bounds = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
+        mask = document_mask(send_array(bounds, device), int(lengths.max(initial=1)))
     else:
         document_of = np.repeat(np.arange(rows), columns)
         tokens = np.arange(columns)[None, :] < lengths[:, None]
-        mask = _move(tokens.astype(np.int64), device)
+        mask = send_array(tokens.astype(np.int64), device)
     return DeviceBatch(
-        token_ids=_move(micro_batch.token_ids, device),
-        position_ids=_move(micro_batch.position_ids, device),
+        token_ids=send_array(micro_batch.token_ids, device),
+        position_ids=send_array(micro_batch.position_ids, device),
         attention_mask=mask,
-        supervised=_move(supervised.astype(np.int64), device),
-        targets=_move(targets[supervised], device),
-        weights=_move(micro_batch.weights.reshape(-1)[supervised], device),
-        documents=_move(document_of[supervised + micro_batch.first_column].astype(np.int64), device),
-        lengths=_move(lengths.astype(np.int64), device),
+        supervised=send_array(supervised.astype(np.int64), device),
+        targets=send_array(targets[supervised], device),
+        weights=send_array(micro_batch.weights.reshape(-1)[supervised], device),
+        documents=send_array(document_of[supervised + micro_batch.first_column].astype(np.int64), device),
+        lengths=send_array(lengths.astype(np.int64), device),
         packed=micro_batch.packed,
     )
 
 
 def _shared_to_device(micro_batch: MicroBatch, shared: SharedRow, device: torch.device) -> DeviceBatch:
     lengths = micro_batch.document_lengths
-    numbers = _move(prefix_numbers(shared.segments), device)
+    numbers = send_array(prefix_numbers(shared.segments), device)
     return DeviceBatch(
-        token_ids=_move(micro_batch.token_ids, device),
-        position_ids=_move(micro_batch.position_ids, device),
+        token_ids=send_array(micro_batch.token_ids, device),
+        position_ids=send_array(micro_batch.position_ids, device),
         attention_mask=prefix_mask(numbers, shared.segments.shape[1], int(lengths.max())),
-        supervised=_move(shared.columns, device),
-        targets=_move(shared.targets, device),
-        weights=_move(shared.weights, device),
-        documents=_move(np.zeros(len(shared.columns), np.int64), device),
-        lengths=_move(lengths.astype(np.int64), device),
+        supervised=send_array(shared.columns, device),
+        targets=send_array(shared.targets, device),
+        weights=send_array(shared.weights, device),
+        documents=send_array(np.zeros(len(shared.columns), np.int64), device),
+        lengths=send_array(lengths.astype(np.int64), device),
         packed=True,
     )
-
-
-def _move(array: np.ndarray, device: torch.device) -> torch.Tensor:
-    tensor = torch.from_numpy(np.ascontiguousarray(array))
-    if device.type == "cuda":
-        tensor = tensor.pin_memory()  # so that the copy does not stop the host
-    return tensor.to(device, non_blocking=True)
 
 
 @final

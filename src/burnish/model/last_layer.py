@@ -27,6 +27,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from burnish.model.anatomy import body_of
 from burnish.model.surrogate import REFUSALS
+from burnish.runtime import seeded
 
 MOST_SUPERVISED = 0.9
 """Share of supervised rows from which gathering them costs more than it saves."""
@@ -132,6 +133,5 @@ def _same(
 
 
 def _hidden(body: nn.Module, tokens: torch.Tensor) -> torch.Tensor:
-    with torch.random.fork_rng([tokens.device] if tokens.is_cuda else []):
-        torch.manual_seed(0)
+    with seeded(0):
         return body(input_ids=tokens, use_cache=False)[0]

@@ -17,6 +17,7 @@ from burnish.errors import ConfigError, MachineError, Problem
 from burnish.model.vision import architecture_of, freeze_vision, loader_of
 from burnish.model.vocabulary import grow
 from burnish.records import Vocabulary
+from burnish.runtime import seeded
 
 COMPUTE_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -136,8 +137,7 @@ def _fresh(config: Any, seed: int, dtype: torch.dtype, model: ModelConfig) -> Pr
     # Built whole on the CPU and in fp32, outside any ZeRO-3 context (which would skip or split the
     # initialisation): so the weights are the same under every engine, dtype and world size. The
     # engine partitions them afterwards.
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with seeded(seed):
         architecture: Any = architecture_of(config)
         if architecture is not None:
             # The class itself: `from_config` would partition while a ZeRO-3 config is alive.

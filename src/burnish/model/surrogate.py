@@ -5,8 +5,9 @@ from __future__ import annotations
 import copy
 from typing import Any
 
-import torch
 from transformers import PreTrainedModel
+
+from burnish.runtime import seeded
 
 REFUSALS = (TypeError, RuntimeError, ValueError, IndexError, AttributeError, KeyError, AssertionError)
 """What a model's code raises at arguments or sizes it was not written for. Wide on purpose: a
@@ -26,8 +27,7 @@ def build_surrogate(model: PreTrainedModel) -> PreTrainedModel | None:
         None where the family does not let itself be made small.
     """
     config = shrink(model.config)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
+    with seeded(0):
         try:
             # The class itself and not `from_config`: that would partition under ZeRO-3.
             return type(model)(config).float().eval()

@@ -9,8 +9,9 @@ wide, an MLP m wide and e bytes an element; three cases, by what the residual st
 
     RMSNorm, twice      what is squared (4h); what its trained weight is multiplied with and its output, in
                         the stream's dtype (under autocast only casts of the output are kept)
-    inputs of products  one shared by all products of a place, or a cast for each of them under autocast; an
-                        adapter casts for itself, and a frozen product without one keeps nothing
+    inputs of products  one shared by all products of a place, or a cast for each of them under autocast; a
+                        frozen product keeps nothing, the adapter beside it the same input, and with dropout
+                        one of its own and what was dropped (a byte each, on a CPU the factor)
     attention           query and key after their rotation, which runs in the stream's dtype, value, and the
                         output; on a CPU the kernel gives fp32, and hands on a copy in the forward's
     MLP                 gate, up, gate's activation (their product is the down projection's input)
@@ -93,11 +94,13 @@ def _input_bytes(forward: Forward, shape: ModelShape, widths: Mapping[str, int])
         names = {m.name for m in shape.layers[0] if _INPUT_OF.get(m.name) == place and forward.keeps_input(m)}
         if not names:
             continue
-        casts = forward.autocast and (forward.adapter is not None or place in ("attention", "mlp"))
+        casts = forward.autocast and forward.adapter is None and place in ("attention", "mlp")
+        drops = forward.adapter is not None and forward.adapter.dropout > 0
         # The attention's output is kept by the attention already, where it is not copied to another dtype.
         is_kept = place == "attended" and not casts and (not forward.on_cpu or forward.element == 4)
-        copies = len(names) if casts else 1 - is_kept
+        copies = len(names) if casts or drops else 1 - is_kept
         total += copies * forward.element * width
+        total += len(names) * width * (forward.element if forward.on_cpu else 1) if drops else 0
         total += forward.element * forward.adapter.rank * len(names) if forward.adapter else 0
     return total
 

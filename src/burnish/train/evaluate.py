@@ -14,7 +14,7 @@ from burnish.data.collate import collate
 from burnish.data.store import ExampleStore
 from burnish.engine.base import Scorer
 from burnish.records import EvalStats
-from burnish.runtime import Ranks, sum_over_ranks
+from burnish.runtime import Ranks, send_array, sum_over_ranks
 
 Cuts = Sequence[Sequence[Int64[np.ndarray, " _"]]]
 """`cuts[rank][m]`: the example numbers of micro-batch m on that rank; lengths differ."""
@@ -54,7 +54,7 @@ def evaluate(
         micro_batch = collate([store[int(i)] for i in example_ids], example_ids, packed, pad_token_id)
         document_nll = engine.evaluate(micro_batch)
         if len(example_ids):
-            sources = torch.as_tensor(store.source_ids[example_ids], dtype=torch.int64).to(engine.device)
+            sources = send_array(store.source_ids[example_ids].astype(np.int64), engine.device)
             nll.index_add_(0, sources, document_nll.double())
     totals = sum_over_ranks(nll, ranks).cpu().numpy()
 
