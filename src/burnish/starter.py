@@ -15,6 +15,7 @@ from burnish.errors import ConfigError, DataError, Problem, writing
 PEEK_ROWS = 200
 _CHARS_PER_TOKEN = 3.5
 """Rough, for English; only used to propose `data.max_tokens`."""
+_CHATML_TOKENS = ["<|im_start|>", "<|im_end|>"]
 _ROOMS = (512, 1024, 2048, 4096, 8192, 16384, 32768)
 
 
@@ -74,6 +75,32 @@ def _room_for(num_chars: int) -> int:
     return next((room for room in _ROOMS if room >= needed), _ROOMS[-1])
 
 
+def _template_line(model: str) -> str:
+    if _lacks_template(model):
+        return "  chat_template: chatml        # its tokenizer has none"
+    return "  # chat_template: chatml      # for a base model whose tokenizer has none, with add_tokens above"
+
+
+def _tokens_line(model: str) -> str:
+    tokens = f"add_tokens: {json.dumps(_CHATML_TOKENS)}"
+    return f"  {tokens}   # chatml's" if _lacks_template(model) else f"  # {tokens}"
+
+
+def _lacks_template(model: str) -> bool:
+    """Whether the tokenizer in a folder has no chat template; False where that cannot be seen."""
+    folder = Path(model)
+    settings = folder / "tokenizer_config.json"
+    if not (folder / "tokenizer.json").is_file():
+        return False
+    if any(folder.glob("chat_template.*")) or (folder / "additional_chat_templates").is_dir():
+        return False
+    try:
+        found = json.loads(settings.read_text(encoding="utf-8")) if settings.is_file() else {}
+    except (OSError, ValueError):
+        return False  # `check` says what is wrong with it
+    return not found.get("chat_template")
+
+
 def _text(data: Sequence[str], model: str, max_tokens: int, output_dir: Path) -> str:
     def value(text: str) -> str:
         return write_yaml({"x": text}).removeprefix("x:").rstrip("\n")
@@ -85,6 +112,7 @@ def _text(data: Sequence[str], model: str, max_tokens: int, output_dir: Path) ->
 model:
   path:{value(model)}
   dtype: bf16                  # bf16 | fp16 | fp32: what the forward runs in
+{_tokens_line(model)}
   # activation_checkpointing: full   # less memory, about a third slower
 
 # A small adapter instead of all weights: remove the # of the next three lines.
@@ -96,7 +124,7 @@ data:
   train:{train}
   eval_fraction: 0.02          # held out for evaluation; or data.eval: FILE
   max_tokens: {max_tokens:<16} # longer examples are cut; `burnish check` counts them
-  # chat_template: chatml      # for a base model whose tokenizer has none
+{_template_line(model)}
 
 batch:
   global_examples: 32          # per optimizer step, over all GPUs; how it is cut never changes the result

@@ -1,5 +1,6 @@
 """The verbs: help that is fast and short, errors without tracebacks, the documented exit codes."""
 
+import contextlib
 import json
 import os
 import subprocess
@@ -142,6 +143,22 @@ def test_what_init_writes_is_taken_as_it_is(folder, capsys):
     assert [source.path for source in config.data.train] == ["some data.json", "b: c.jsonl"]
     assert config.data.max_tokens == 1024
     assert fails(capsys, "init", "some data.json", "--out", "new/sft.yaml")[0] == 2
+
+
+@pytest.mark.parametrize("has_template", [True, False])
+def test_init_knows_a_tokenizer_without_a_template(has_template, capsys):
+    from burnish.config.load import load_config
+
+    Path("rows.jsonl").write_text('{"messages": [{"role": "user", "content": "a"}]}\n')
+    Path("base").mkdir()
+    Path("base/config.json").write_text("{}")
+    Path("base/tokenizer.json").write_text("{}")
+    Path("base/tokenizer_config.json").write_text('{"chat_template": "x"}' if has_template else "{}")
+    with contextlib.suppress(SystemExit):
+        main(["init", "rows.jsonl", "--model", "base", "--out", "sft.yaml"])
+    config = load_config(Path("sft.yaml"))
+    assert config.data.chat_template == (None if has_template else "chatml")
+    assert tuple(config.model.add_tokens) == (() if has_template else ("<|im_start|>", "<|im_end|>"))
 
 
 def test_no_checkpoints_is_no_error(capsys):

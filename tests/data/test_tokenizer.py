@@ -11,6 +11,7 @@ from burnish.config.schema import DataConfig, ModelConfig
 from burnish.data.sandbox import probe_template
 from burnish.data.tokenizer import builtin_templates, load_tokenizer
 from burnish.errors import DataError
+from burnish.runtime import log
 
 
 @pytest.fixture(scope="module")
@@ -34,6 +35,22 @@ def test_built_in_names_and_files(folder: Path, tmp_path: Path) -> None:
     own = tmp_path / "own.jinja"
     own.write_text("{{ messages }}")
     assert _load(folder, str(own)) == "{{ messages }}"
+
+
+def test_an_end_of_turn_that_has_to_be_spelled_is_told(
+    folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "burnish")
+    log.propagate = True
+    _load(folder, "plain")  # ends turns with the tokenizer's own EOS
+    assert not caplog.text
+    _load(folder, "chatml")
+    assert "model.add_tokens: ['<|im_start|>', '<|im_end|>']" in caplog.text
+    caplog.clear()
+    with_tokens = {"path": str(folder), "add_tokens": ["<|im_start|>", "<|im_end|>"]}
+    data = DataConfig.model_validate({"train": "x", "chat_template": "chatml"})
+    load_tokenizer(ModelConfig.model_validate(with_tokens), data)
+    assert not caplog.text
 
 
 def test_the_tokenizers_own_template(tmp_path: Path) -> None:

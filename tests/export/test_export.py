@@ -10,6 +10,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
+    GenerationConfig,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedTokenizerFast,
@@ -21,6 +22,7 @@ from burnish.export import ExportFacts, export_final, merge
 from burnish.export.card import public_name
 from burnish.export.chat import end_of_turn_ids
 from burnish.export.folder import prove_weights, whole_folder
+from burnish.model.finished import load_finished
 
 TEMPLATE = "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>\n{% endfor %}"
 FACTS = ExportFacts(3, 12, 99, {"evaluation loss": 1.25})
@@ -118,6 +120,9 @@ def test_adapter_alone_and_merged(tmp_path, tokenizer):
     wanted = model(ids).logits
     again = AutoPeftModelForCausalLM.from_pretrained(out)
     assert torch.equal(again(ids).logits, wanted)
+    # The base's config names a token that is a plain word here.
+    assert GenerationConfig.from_pretrained(out).eos_token_id == [4, 1]
+    assert load_finished(str(out)).generation_config.eos_token_id == [4, 1]
     proof = merge(out, tmp_path / "merged", "fp32")
     assert proof.max_abs_logit < 1e-4 and proof.max_kl < 1e-8 and proof.same_top_token == 1
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")

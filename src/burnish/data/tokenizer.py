@@ -7,16 +7,23 @@ from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from jinja2 import TemplateError
+
 from burnish.config.schema import DataConfig, ModelConfig
 from burnish.data.sandbox import probe_template
 from burnish.data.vocabulary import add_tokens
 from burnish.errors import DataError, Problem
 from burnish.records import Vocabulary
+from burnish.runtime import log
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _NAME = re.compile(r"[A-Za-z0-9_.-]+")
+_CONTROL = re.compile(r"<\|[\w.-]+\|>")
+"""How templates write control tokens that people add to a tokenizer."""
+_MARK = "burnish7answer"
+"""A content that no template trims or contains."""
 
 
 def builtin_templates() -> dict[str, str]:
@@ -49,7 +56,37 @@ def load_tokenizer(model: ModelConfig, data: DataConfig) -> tuple[PreTrainedToke
     template = _find_template(tokenizer, data.chat_template)
     if template is not None and template not in builtin_templates().values():
         probe_template(template)
+    _tell_of_spelled_end(tokenizer, template)
     return tokenizer, template
+
+
+def after_answer(tokenizer: Any, template: str | None) -> str:
+    """What a template writes behind an assistant's answer, without space in front; empty where it writes
+    nothing, or refuses the question."""
+    if template is None:
+        return ""
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": _MARK}]
+    try:
+        text = tokenizer.apply_chat_template(turns, chat_template=template, tokenize=False)
+    except (TemplateError, ValueError, TypeError, KeyError):
+        return ""
+    return str(text).rpartition(_MARK)[2].lstrip()
+
+
+def _tell_of_spelled_end(tokenizer: PreTrainedTokenizerBase, template: str | None) -> None:
+    """Say so where the end of a turn is a control token in the template only."""
+    end = after_answer(tokenizer, template)
+    marks = dict.fromkeys(_CONTROL.findall(template or ""))
+    known = tokenizer.get_vocab()
+    lacking = [mark for mark in marks if mark not in known]
+    if lacking and any(end.startswith(mark) for mark in lacking):
+        log.info(
+            "Warning: data.chat_template: answers end in %s, which is no token of this tokenizer: a model "
+            "has to spell it, generation does not stop there, and whoever types it ends a turn."
+            "\n    Set model.add_tokens: %s.",
+            end.split()[0],
+            lacking,
+        )
 
 
 def vocabulary_of(tokenizer: PreTrainedTokenizerBase, model: ModelConfig) -> Vocabulary:

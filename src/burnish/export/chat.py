@@ -6,26 +6,14 @@ import copy
 from pathlib import Path
 from typing import Any
 
-from jinja2 import TemplateError
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-_MARK = "burnish7answer"
-"""A content that no template trims or contains."""
+from burnish.data.tokenizer import after_answer
 
 
 def end_of_turn_ids(tokenizer: Any, template: str | None) -> list[int]:
     """Ids of the control token that the template writes after an assistant's answer, if it does."""
-    if template is None:
-        return []
-    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": _MARK}]
-    try:
-        text = tokenizer.apply_chat_template(turns, chat_template=template, tokenize=False)
-    except (TemplateError, ValueError, TypeError, KeyError):
-        return []  # a template that refuses this shape: the tokenizer's own EOS has to do
-    _, found, after = str(text).rpartition(_MARK)
-    if not found:
-        return []
-    after = after.lstrip()
+    after = after_answer(tokenizer, template)  # nothing: the tokenizer's own EOS has to do
     added = sorted(tokenizer.get_added_vocab().items(), key=lambda item: -len(item[0]))
     return next(([number] for name, number in added if name and after.startswith(name)), [])
 

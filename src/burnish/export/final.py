@@ -60,6 +60,9 @@ def export_final(
         MachineError: It cannot be written, or what was written is not what was trained.
     """
     with whole_folder(out) as staging:
+        # A fresh model's generation config is nobody's choice; a pretrained one's is kept.
+        base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+        own = base.generation_config if config.model.init == "pretrained" else None
         if isinstance(model, PeftModel):
             base_path = _base_path(config, tokenizer, template, out.parent / BASE_FOLDER)
             state = state if pissa_start is None else as_lora(state, pissa_start)
@@ -68,12 +71,10 @@ def export_final(
                 file = staging / "adapter_config.json"
                 _change(file, **as_lora_config(json.loads(file.read_text(encoding="utf-8"))))
         else:
-            # A fresh model's generation config is nobody's choice; a pretrained one's is kept.
-            own = model.generation_config if config.model.init == "pretrained" else None
             kept = kept_weights(model, config.model)
             save_model(model, state, COMPUTE_DTYPES[config.model.dtype], staging, kept)
-            save_generation_config(own, tokenizer, template, staging)
             copy_processor(model, config.model, staging)
+        save_generation_config(own, tokenizer, template, staging)
         save_tokenizer(tokenizer, template, staging)
         card = model_card(config, out.parent.resolve().name, facts)
         (staging / "README.md").write_text(card, encoding="utf-8")

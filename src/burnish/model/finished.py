@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from transformers import AutoConfig, PreTrainedModel
+from transformers import AutoConfig, GenerationConfig, PreTrainedModel
+from transformers.utils import GENERATION_CONFIG_NAME
 
 from burnish.model.vision import loader_of
 
@@ -29,7 +30,10 @@ def load_finished(path: str, dtype: torch.dtype | None = None) -> PreTrainedMode
     adapter = json.loads(file.read_text(encoding="utf-8"))
     base = _load_full(str(adapter["base_model_name_or_path"]), adapter.get("revision"), dtype)
     make_room(base, adapter)
-    return PeftModel.from_pretrained(base, path)
+    adapted: Any = PeftModel.from_pretrained(base, path)
+    if (Path(path) / GENERATION_CONFIG_NAME).is_file():  # where it stops; peft asks the base's
+        adapted.generation_config = GenerationConfig.from_pretrained(path)
+    return adapted
 
 
 def make_room(base: PreTrainedModel, adapter: dict[str, Any]) -> None:
