@@ -6,8 +6,9 @@
     python bench/gpu.py --device cpu --quick             # does the script itself work?
     python bench/gpu.py --wheels wheels                  # packages for a machine that has only PyTorch
 
-Each part runs in a process of its own, for nine minutes at most, so that a part and its start fit where a
-machine is lent for ten at a time; all of them together may take an hour. A part that fails or hangs takes
+Each part runs in a process of its own, each model of `speed` and each case of `race` too, for nine minutes at
+most, so that one and its start fit where a machine is lent for ten at a time; all together may take an hour
+and a half. A part that fails or hangs takes
 nothing else down, and keeps what it had measured. `gpu.json` in `--out` holds what every part found, with
 date and versions; it is written after each part, and parts of earlier calls stay in it. The same stands as a
 table on the terminal. Exit code 1 where a check failed. Logs and runs go below `--scratch`.
@@ -16,8 +17,8 @@ Parts: `machine` (matrix rate) · `tests` (those marked gpu) · `attention` (var
 alone, and its time against SDPA with a mask) · `head` (loss and gradients against full logits, time,
 memory) · `engines` (local and ZeRO 0 to 3 on NCCL, bf16, fp16 and fp32: one run, the same losses) ·
 `syncs` (places where a step makes the host wait) · `speed` (`burnish train` at 0.5B, 1.5B and 8B, full
-and LoRA: tokens/s, share of the matrix rate, peak memory against `plan`) · `race` (the step against TRL
-and the others, by `bench/step.py`).
+and LoRA, layers compiled and not: tokens/s, share of the matrix rate, peak memory against `plan`) · `race`
+(the step against TRL and the others at 0.5B, 1.5B and the sizes of the CPU's tables, by `bench/step.py`).
 """
 
 from __future__ import annotations
@@ -80,12 +81,35 @@ def main() -> None:
     if options.part:
         _files(options.scratch, options.part)["result"].write_text(json.dumps(run_part(options)))
         return
-    parts = {}
+    parts: dict[str, dict[str, Any]] = {}
     for name in options.only:
-        parts[name] = start_part(name, options)
-        _keep(options.out / "gpu.json", name, parts[name])
+        for piece in pieces(name, options):
+            parts[name] = _joined(parts.get(name), start_part(name, piece))
+            _keep(options.out / "gpu.json", name, parts[name])
     print_table(parts)
     sys.exit(any(not part["ok"] for part in parts.values()))
+
+
+def pieces(name: str, options: argparse.Namespace) -> list[argparse.Namespace]:
+    """What of a part runs in a process of its own: each model and each race, which take minutes; else all."""
+    from on_device.runs import RACES, speed_names
+
+    flag, every = {"speed": ("models", speed_names()), "race": ("case", list(RACES))}.get(name, ("", []))
+    if options.quick or not every:
+        return [options]
+    chosen = getattr(options, flag) or every
+    return [argparse.Namespace(**{**vars(options), flag: [one]}) for one in chosen]
+
+
+def _joined(before: dict[str, Any] | None, part: dict[str, Any]) -> dict[str, Any]:
+    """A part and the pieces of it that ran before."""
+    if before is None:
+        return part
+    rows = [*before.get("rows", []), *part.get("rows", [])]
+    seconds = before["seconds"] + part["seconds"]
+    errors = [found["error"] for found in (before, part) if "error" in found]
+    error = {"error": "\n".join(errors)} if errors else {}
+    return {**before, **part, "ok": before["ok"] and part["ok"], "rows": rows, "seconds": seconds, **error}
 
 
 def _files(scratch: Path, part: str) -> dict[str, Path]:

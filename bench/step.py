@@ -29,9 +29,9 @@ sys.path.insert(0, str(BENCH))
 from data_path.machine import machine  # noqa: E402
 from data_path.preparing import masks  # noqa: E402
 from data_path.rows import read_rows, tokenizer_for  # noqa: E402
-from step.cases import CASES, NUM_WINDOWS, QUICK, Case  # noqa: E402
+from step.cases import CASES, GPU_CASES, NUM_WINDOWS, QUICK, Case  # noqa: E402
 from step.front_door import stage, time_split, train, zero_cost  # noqa: E402
-from step.race import ALWAYS, PEERS, Settings, run_case, run_curve  # noqa: E402
+from step.race import ALWAYS, ALWAYS_ON_GPUS, PEERS, Settings, run_case, run_curve  # noqa: E402
 from step.table import curve_sentence, printed, verdicts, write_page  # noqa: E402
 
 QUICK_PEERS = ("trl", "trl-single")
@@ -62,7 +62,7 @@ def peer_python(own_venv: bool) -> str:
 def parse() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n", maxsplit=1)[0])
-    names = [case.name for case in CASES]
+    names = [case.name for case in (*CASES, *GPU_CASES)]
     parser.add_argument("--quick", action="store_true", help=f"only {', '.join(QUICK)}, few peers and steps")
     parser.add_argument("--case", action="append", choices=names, help="only this one; may be repeated")
     parser.add_argument("--racers", help="comma-separated: only these besides Burnish")
@@ -89,7 +89,8 @@ def parse() -> argparse.Namespace:
 def racers_of(case: Case, args: argparse.Namespace) -> list[str]:
     """Who races in this case."""
     peers = QUICK_PEERS if args.quick else PEERS if case.all_peers else NEAR_PEERS
-    return list(dict.fromkeys([*ALWAYS, *(args.racers.split(",") if args.racers else peers)]))
+    always = ALWAYS_ON_GPUS if args.device == "cuda" else ALWAYS
+    return list(dict.fromkeys([*always, *(args.racers.split(",") if args.racers else peers)]))
 
 
 def write_json(path: Path, results: dict[str, Any]) -> None:
@@ -148,7 +149,7 @@ def main() -> None:
         results |= through_the_door(args)
         chosen = []
     rows = examples_of(args.data, args.tokenizer, 1000) if chosen else []
-    for case in (case for case in CASES if case.name in chosen):
+    for case in (case for case in (*CASES, *GPU_CASES) if case.name in chosen):
         print(measured(case, rows, args, python, results), flush=True)
         if path is not None:
             write_json(path, results)

@@ -10,8 +10,9 @@ import shutil
 import statistics
 import subprocess
 import sys
+import time
 from collections.abc import Mapping
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -58,34 +59,52 @@ def engines(folder: Path, device: str, rows: Rows) -> dict[str, Any]:
     expected = losses(folder / "cpu")
     dtypes = ("fp32", "bf16", "fp16") if device == "cuda" else ("fp32", "bf16")
     kinds: list[tuple[str, int]] = [("local", 0), *(("deepspeed", stage) for stage in (0, 1, 2, 3))]
-    ok = True
-    for kind, stage in kinds:
-        for dtype in dtypes:
-            name = f"{kind}{stage if kind == 'deepspeed' else ''}-{dtype}"
-            flags = {"engine.kind": kind, "engine.zero_stage": stage, "model.dtype": dtype}
-            run = _train(job, folder / name, flags, hide_gpu=device == "cpu")
-            worst = _worst(losses(folder / name), expected) if run["code"] == 0 else None
-            good = worst is not None and worst < LOSS_BOUND[dtype]
-            ok = ok and good
-            rows.add({"engine": name, "ok": good, "worst_loss_difference": worst, "error": run["error"]})
-    return {"ok": ok, "rows": rows.all}
+
+    def one(kind: str, stage: int, dtype: str) -> dict[str, Any]:
+        name = f"{kind}{stage if kind == 'deepspeed' else ''}-{dtype}"
+        flags = {"engine.kind": kind, "engine.zero_stage": stage, "model.dtype": dtype}
+        run = _train(job, folder / name, flags, hide_gpu=device == "cpu")
+        worst = _worst(losses(folder / name), expected) if run["code"] == 0 else None
+        good = worst is not None and worst < LOSS_BOUND[dtype]
+        return {"engine": name, "ok": good, "worst_loss_difference": worst, "error": run["error"]}
+
+    with ThreadPoolExecutor(PARALLEL_ENGINES if device == "cuda" else 1) as several:
+        found = [several.submit(one, *kind, dtype) for dtype in dtypes for kind in kinds]
+        for done in as_completed(found):
+            rows.add(done.result())
+    return {"ok": all(row["ok"] for row in rows.all), "rows": rows.all}
 
 
 def _worst(found: list[float], expected: list[float]) -> float:
     return max(abs(a - b) / b for a, b in zip(found, expected, strict=True))
 
 
-def _train(config: Path, out: Path, flags: Mapping[str, Any], hide_gpu: bool) -> dict[str, Any]:
+def _train(
+    config: Path, out: Path, flags: Mapping[str, Any], hide_gpu: bool, num_steps: int | None = None
+) -> dict[str, Any]:
+    """A run, to its end; or, with `num_steps`, killed after so many: an 8B result is 16 GB to write."""
     command = [sys.executable, "-m", "burnish", "train", str(config), "--output_dir", str(out)]
     command += [word for key, value in flags.items() for word in (f"--{key}", str(value))]
     env = {
         **os.environ,
         "CUDA_VISIBLE_DEVICES": "" if hide_gpu else os.environ.get("CUDA_VISIBLE_DEVICES", "0"),
     }
-    done = subprocess.run(command, capture_output=True, text=True, env=env, check=False)
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "log.txt").write_text(done.stdout + done.stderr)
-    return {"code": done.returncode, "error": "" if done.returncode == 0 else done.stderr[-600:]}
+    log = out.parent / f"{out.name}.log"
+    with log.open("w") as file:
+        process = subprocess.Popen(command, stdout=file, stderr=file, env=env)
+        while process.poll() is None:
+            if num_steps is not None and _num_logged(out) >= num_steps:
+                process.kill()
+                process.wait()
+                return {"code": 0, "error": ""}
+            time.sleep(0.2)
+    return {"code": process.returncode, "error": log.read_text()[-600:] if process.returncode else ""}
+
+
+def _num_logged(run_dir: Path) -> int:
+    """Steps that a run has written down."""
+    file = run_dir / "metrics.jsonl"
+    return file.read_text().count('"kind": "train"') if file.is_file() else 0
 
 
 _QWEN = {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "vocab_size": 151936}
@@ -117,16 +136,24 @@ SPEED_RUNS: Mapping[str, Mapping[str, Any]] = {
     },
 }
 """Runs and the tokens/s that they should reach on one H200."""
-RACES = ("llama/alpaca", "llama/long-prompts", "qwen/alpaca", "llama-lora/alpaca")
+COMPILED = "-compiled"
+"""Behind a run's name: the same with `model.compile`."""
+PARALLEL_ENGINES = 3
+"""Small runs on the device at once: most of their time is starting."""
+RACES = (
+    "qwen-0.5b/documents", "qwen-0.5b-lora/documents", "qwen-1.5b/documents", "llama/alpaca",
+    "llama/long-prompts", "qwen/alpaca", "llama-lora/alpaca",
+)  # fmt: skip
 WARM_STEPS, MEASURED_STEPS, TOKENS = 4, 8, 4096
 
 
 def speed(folder: Path, device: str, quick: bool, names: list[str] | None, rows: Rows) -> dict[str, Any]:
     """`burnish train` on full documents: tokens/s, share of the matrix rate, memory against the plan."""
     if quick:
-        chosen: Mapping[str, Any] = {"tiny": {"size": "tiny", "goal": 0.0}}
+        tiny = {"size": "tiny", "goal": 0.0}
+        chosen: Mapping[str, Any] = {"tiny": tiny, "tiny-compiled": {**tiny, "model": {"compile": True}}}
     else:
-        chosen = {name: SPEED_RUNS[name] for name in names or SPEED_RUNS}
+        chosen = {name: _speed_run(name) for name in names or speed_names()}
     # In a process of its own: what it leaves on the device is not there for the runs.
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as beside:
         rate = beside.submit(matrix_rate, device, 1024 if quick else 8192).result()
@@ -141,6 +168,20 @@ def speed(folder: Path, device: str, quick: bool, names: list[str] | None, rows:
         rows.add({"run": name, **row})
         ok = ok and "error" not in row
     return {"ok": ok, "matrix_flops_per_second": rate, "rows": rows.all}
+
+
+def speed_names() -> list[str]:
+    """Every run of `speed`."""
+    return [name + ending for name in SPEED_RUNS for ending in ("", COMPILED)]
+
+
+def _speed_run(name: str) -> Mapping[str, Any]:
+    run = SPEED_RUNS[name.removesuffix(COMPILED)]
+    if not name.endswith(COMPILED):
+        return run
+    model = {k: v for k, v in run.get("model", {}).items() if k != "activation_checkpointing"}
+    level = {"activation_checkpointing": "full"} if run.get("model") else {}  # `light` is the compiler's
+    return {**run, "model": {**model, **level, "compile": True}}
 
 
 def _device_bytes(device: str) -> int | None:
@@ -165,7 +206,7 @@ def _one_speed(folder: Path, run: Mapping[str, Any], device: str, tokens: int, r
     if "adapter" in run:
         config["adapter"] = run["adapter"]
     job.write_text(yaml.safe_dump(config))
-    done = _train(job, folder / "run", {}, hide_gpu=device == "cpu")
+    done = _train(job, folder / "run", {}, hide_gpu=device == "cpu", num_steps=WARM_STEPS + MEASURED_STEPS)
     if done["code"]:
         return {"error": done["error"]}
     return _measured(folder / "run", run["goal"], rate)
@@ -206,7 +247,7 @@ def _write_documents(path: Path, tokens: int, num: int) -> None:
 def race(out: Path, device: str, quick: bool, cases: list[str] | None, rows: Rows) -> dict[str, Any]:
     """The step against the peers, by `bench/step.py` on this device; `race.json` has all of it."""
     ok = True
-    for case in cases or (RACES[:1] if quick else RACES):
+    for case in cases or (("llama/alpaca",) if quick else RACES):
         command = [sys.executable, str(ROOT / "bench" / "step.py"), "--device", device, "--case", case]
         command += ["--add", str(out / "race.json")] + ["--quick"] * quick
         done = subprocess.run(command, capture_output=True, text=True, check=False)

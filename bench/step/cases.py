@@ -25,6 +25,15 @@ CASE_FILE = "case.json"
 MODEL_FOLDER = "model"
 
 _ROPE = {"rope_type": "default", "rope_theta": 10000.0}
+_QWEN = {
+    "architectures": ["Qwen2ForCausalLM"],
+    "model_type": "qwen2",
+    "vocab_size": 151936,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 4096,
+    "tie_word_embeddings": True,
+    "rope_parameters": _ROPE,
+}
 MODELS: Mapping[str, Mapping[str, Any]] = {
     "llama": {
         "architectures": ["LlamaForCausalLM"],
@@ -40,17 +49,25 @@ MODELS: Mapping[str, Mapping[str, Any]] = {
         "rope_parameters": _ROPE,
     },
     "qwen": {
-        "architectures": ["Qwen2ForCausalLM"],
-        "model_type": "qwen2",
-        "vocab_size": 151936,
+        **_QWEN,
         "hidden_size": 512,
         "intermediate_size": 1408,
         "num_hidden_layers": 8,
         "num_attention_heads": 8,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 4096,
-        "tie_word_embeddings": True,
-        "rope_parameters": _ROPE,
+    },
+    "qwen-0.5b": {
+        **_QWEN,
+        "hidden_size": 896,
+        "intermediate_size": 4864,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 14,
+    },
+    "qwen-1.5b": {
+        **_QWEN,
+        "hidden_size": 1536,
+        "intermediate_size": 8960,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 12,
     },
 }
 LORA = {"kind": "lora", "rank": 64, "alpha": 128.0}
@@ -117,7 +134,18 @@ def one_length(rows: Sequence[Example], length: int = 256) -> list[Example]:
     return [Example("rows", f"{s}", ids[s : s + length], weights[s : s + length]) for s in starts]
 
 
-DATA = {"alpaca": alpaca, "long-prompts": long_prompts, "multi-turn": multi_turn, "one-length": one_length}
+def documents(rows: Sequence[Example]) -> list[Example]:
+    """The rows' tokens in documents of 2,048: peers that take one at a time get the same attention kernel."""
+    return one_length(rows, 2048)
+
+
+DATA = {
+    "alpaca": alpaca,
+    "long-prompts": long_prompts,
+    "multi-turn": multi_turn,
+    "one-length": one_length,
+    "documents": documents,
+}
 
 CASES = (
     Case("llama", "alpaca", all_peers=True),
@@ -128,6 +156,12 @@ CASES = (
     Case("qwen", "long-prompts"),
     Case("llama", "alpaca", lora=True),
 )
+GPU_CASES = (
+    Case("qwen-0.5b", "documents", examples_per_step=4),
+    Case("qwen-0.5b", "documents", lora=True, examples_per_step=4),
+    Case("qwen-1.5b", "documents", examples_per_step=4),
+)
+"""Only where they are asked for by name."""
 QUICK = ("llama/alpaca",)
 
 

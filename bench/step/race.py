@@ -20,6 +20,8 @@ from step.trl_grid import TRL_GRID
 
 BENCH = Path(__file__).parents[1]
 ALWAYS = ("matrix", "burnish", "hf-packed", "hf-packed-as-is")
+ALWAYS_ON_GPUS = ("matrix", "burnish", "burnish-compiled", "hf-packed")
+"""There is no allocator setting there, and all who race are on the device at once."""
 PEERS = ("hf-padded", "openrlhf", *TRL_GRID)
 
 

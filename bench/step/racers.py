@@ -28,11 +28,12 @@ ROW_DOCUMENTS = 8
 """Documents of a padded forward: TRL's default batch."""
 
 
-def own_engine(race: Race, device: torch.device) -> tuple[Any, Any]:
+def own_engine(race: Race, device: torch.device, compiled: bool = False) -> tuple[Any, Any]:
     """Model, adapter, capability and engine, as `run.train` puts them together; and the feed."""
     from burnish.engine.build import build_engine, parameter_dtype
     from burnish.model.adapt import adapt
     from burnish.model.attention import can_isolate
+    from burnish.model.compiled import compile_layers
     from burnish.model.forward import SupervisedModel
     from burnish.model.load import load_model
     from burnish.train.step import Feed
@@ -47,11 +48,12 @@ def own_engine(race: Race, device: torch.device) -> tuple[Any, Any]:
     model = adapt(model, config.adapter, "none")
     capability = can_isolate(model, config.model.attention, config.data.max_tokens)
     assert capability.packed and capability.fused_head, capability.reason
+    compile_layers(model, capability, device, compiled)
     engine = build_engine(config, ALONE, device, SupervisedModel(model, capability))
     return engine, Feed(race.store, capability.packed, 0)
 
 
-def burnish(race: Race, turns: Turns) -> None:
+def burnish(race: Race, turns: Turns, compiled: bool = False) -> None:
     """`train_step` with everything around it that the loop does for a step."""
     from burnish.train.step import train_step
 
@@ -61,7 +63,7 @@ def burnish(race: Race, turns: Turns) -> None:
     memory = make_plan(race.config, counts, race.shape, 1, device_type=device.type).memory
     freed = FreedMemory(device)
     freed.settle(memory.device.kept > 0, memory.over_process)
-    engine, feed = own_engine(race, device)
+    engine, feed = own_engine(race, device, compiled)
     forget_peak()
     turns.ready({})
     config = race.config
@@ -71,6 +73,11 @@ def burnish(race: Race, turns: Turns) -> None:
         stats, _ = train_step(engine, window, feed, ALONE, lr)
         freed.give_back()
         turns.step_done(stats.loss, {"phases": getattr(stats, "phase_seconds", None)})
+
+
+def burnish_compiled(race: Race, turns: Turns) -> None:
+    """The same with `model.compile`."""
+    burnish(race, turns, compiled=True)
 
 
 def load_plain(race: Race) -> torch.nn.Module:

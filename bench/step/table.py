@@ -12,6 +12,7 @@ _BLOCK = re.compile(r"(<!-- made by bench/step\.py -->\n).*?(<!-- end of bench/s
 
 NAMES = {
     "burnish": "Burnish",
+    "burnish-compiled": "Burnish, model.compile",
     "hf-packed": "Hugging Face, packed, 4D mask, all logits",
     "hf-packed-as-is": "Hugging Face, packed, without the allocator setting",
     "hf-padded": "Hugging Face, padded, all logits",

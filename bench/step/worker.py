@@ -30,6 +30,7 @@ def main() -> None:
 
             run = {
                 "burnish": racers.burnish,
+                "burnish-compiled": racers.burnish_compiled,
                 "hf-packed": racers.hf_packed,
                 "hf-packed-as-is": racers.hf_packed_as_is,
                 "hf-padded": racers.hf_padded,

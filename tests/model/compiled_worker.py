@@ -28,7 +28,6 @@ from burnish.model.attention import can_isolate
 from burnish.model.compiled import compile_layers
 from burnish.model.forward import SupervisedModel, to_device
 
-CPU = torch.device("cpu")
 COMPILE = torch.nn.Module.compile
 KERNEL_FOR = document_attention.kernel_for
 LENGTHS = ((9, 17, 1, 12, 5), (30, 2), (6, 3, 21, 8))
@@ -38,6 +37,7 @@ def trained(case: dict[str, Any]) -> dict[str, Any]:
     """Loss and gradients of micro-batches of several lengths."""
     torch._dynamo.reset()
     counters.clear()
+    device = torch.device(case["device"])
     document_attention.kernel_for = (lambda *_: "varlen") if case["varlen"] else KERNEL_FOR
     family = case["family"]
     model = build(family) if family in FAMILIES else build_small(family)
@@ -45,20 +45,21 @@ def trained(case: dict[str, Any]) -> dict[str, Any]:
     adapted = adapt(model, AdapterConfig(rank=4, alpha=8) if case["adapter"] else None, case["level"])
     supervised = SupervisedModel(adapted, capability).train()
     torch.nn.Module.compile = partialmethod(COMPILE, backend=case["backend"])
-    compile_layers(adapted, capability, CPU, case["wanted"])
+    compile_layers(adapted, capability, device, case["wanted"])
     with torch.no_grad():  # an adapter begins as nothing: then its way down has no gradient
         for name, parameter in supervised.named_parameters():
             if "lora_B" in name:
                 parameter.normal_(std=0.1, generator=torch.Generator().manual_seed(1))
+    supervised.to(device)
     losses, found = [], []
     for lengths in LENGTHS:
         supervised.zero_grad()
-        batch = to_device(collate(make_documents(lengths=lengths), capability.packed), CPU)
-        with torch.autocast("cpu", torch.bfloat16, enabled=case["bf16"]):
+        batch = to_device(collate(make_documents(lengths=lengths), capability.packed), device)
+        with torch.autocast(device.type, torch.bfloat16, enabled=case["bf16"]):
             loss = supervised(batch)
         loss.backward()
         losses.append(loss.item())
-        found.append({name: g.clone() for name, g in gradients(supervised).items()})
+        found.append({name: g.cpu().clone() for name, g in gradients(supervised).items()})
     counted = {kind: dict(numbers) for kind, numbers in counters.items()}
     return {"losses": losses, "gradients": found, "counted": counted}
 

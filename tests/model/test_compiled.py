@@ -22,6 +22,7 @@ from burnish.model.compiled import compile_layers
 CPU = torch.device("cpu")
 PLAIN: dict[str, Any] = {
     "family": "llama", "wanted": False, "adapter": False, "level": "none", "bf16": False, "varlen": False,
+    "device": "cpu",
     "backend": "inductor",
 }  # fmt: skip
 QUICK: dict[str, dict[str, Any]] = {
@@ -111,6 +112,20 @@ def test_same_gradients_of_all(cases: Mapping[str, Mapping[str, Any]], tmp_path:
     results = run(both(cases), tmp_path)
     for name in cases:
         same(results[f"{name} compiled"], results[name], 3e-2 if "bf16" in name else 1e-5)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_same_gradients_on_a_gpu(tmp_path: Path) -> None:
+    cases = {
+        "llama": {"device": "cuda", "bf16": True},
+        "latent": {"device": "cuda", "bf16": True, "family": "deepseek_v3"},
+    }
+    results = run(both(cases), tmp_path)
+    for name in cases:
+        same(results[f"{name} compiled"], results[name], 3e-2)
+    # The kernel is one operation to the compiler.
+    assert not results["llama compiled"]["counted"].get("graph_break")
 
 
 def test_the_last_layer_is_compiled_in_parts() -> None:
