@@ -79,20 +79,45 @@ def test_a_json_array_with_a_flaw_in_the_middle(tmp_path):
         run_file(tmp_path / "a.json")
 
 
-def test_csv_with_ragged_lines_and_nan(tmp_path):
+def test_csv_with_ragged_lines_and_empty_cells(tmp_path):
     path = tmp_path / "a.csv"
-    path.write_text(
-        'instruction,input,output\nSay,nan,one\nSay,two,"three",four\nSay,,five\nSay\nSay,x,nan\n'
-    )
+    path.write_text('instruction,input,output\nSay,two,"three",four\nSay,,five\nSay\nSay,x,\n')
     with pytest.raises(DataError) as caught:
         run_file(path)
     message = str(caught.value)
-    assert "a.csv:3: 4 cells under 3 columns" in message and "invalid_csv: 2 rows" in message
-    assert "a.csv:6: output is empty [content_missing]" in message
-    source = run_file(path, bad_rows="drop").report["sources"][0]
-    assert source["rows_kept"] == 2 and source["fixed"]["content_nan"]["rows"] == 1
-    with pytest.raises(DataError, match=r"a.csv:2: input is NaN \[content_nan\]"):
+    assert "a.csv:2: 4 cells under 3 columns" in message and "a.csv:4: 1 cell under 3 columns" in message
+    assert "invalid_csv: 2 rows: the line has more or fewer cells than the header" in message
+    assert "[empty_answer]" in message
+    assert run_file(path, bad_rows="drop").report["sources"][0]["rows_kept"] == 1
+
+
+def test_a_csv_cell_is_the_text_it_holds(tmp_path):
+    """What pandas takes for an empty cell may be an answer; the same rows in JSONL are kept as they are."""
+    words = ("NaN", "nan", "NA", "N/A", "null", "None")
+    (tmp_path / "a.csv").write_text("prompt,completion\n" + "".join(f"Say {w},{w}\n" for w in words))
+    (tmp_path / "a.jsonl").write_bytes(
+        b"\n".join(line({"prompt": f"Say {word}", "completion": word}) for word in words)
+    )
+    cells, lines = run_file(tmp_path / "a.csv"), run_file(tmp_path / "a.jsonl")
+    assert cells.report["sources"][0]["fixed"] == {} and len(cells.train) == len(words)
+    for i in range(len(words)):
+        assert cells.train[i].token_ids.tolist() == lines.train[i].token_ids.tolist()
+
+
+def test_a_nan_in_an_optional_column_counts_as_not_given(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(line({"instruction": "Say", "input": math.nan, "output": "one"}))
+    assert run_file(path).report["sources"][0]["fixed"]["content_nan"]["rows"] == 1
+    with pytest.raises(DataError, match=r"a.jsonl:1: input is NaN \[content_nan\]"):
         run_file(path, bad_row_rules={"content_nan": "error"})
+
+
+@pytest.mark.parametrize("suffix", ["parquet", "arrow"])
+def test_a_table_that_cannot_be_read_has_a_cure(tmp_path, suffix):
+    (tmp_path / f"a.{suffix}").write_bytes(b"not a table")
+    with pytest.raises(DataError, match="not a readable") as caught:
+        run_file(tmp_path / f"a.{suffix}")
+    assert all(problem.cure for problem in caught.value.problems)
 
 
 def test_a_csv_quote_that_never_ends(tmp_path):

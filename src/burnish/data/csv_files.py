@@ -9,6 +9,7 @@ from typing import Any
 
 from burnish.data.problems import RowProblem, shorten
 from burnish.data.rows import BROKEN, Row, decode_utf8, lenient_text, open_bytes
+from burnish.errors import counted
 
 MAX_CELL_BYTES = 1 << 30
 """Largest cell; Python's default of 128 KiB refuses long texts."""
@@ -68,7 +69,7 @@ def _csv_row(
     values: list[str], header: list[str], source: str, place: str, problem: RowProblem | None
 ) -> Row:
     if len(values) != len(header):
-        found = f"{len(values)} cells under {len(header)} columns, {shorten(values[-1])} last"
+        found = f"{counted(len(values), 'cell')} under {len(header)} columns, {shorten(values[-1])} last"
         return Row(source, place, None, RowProblem("invalid_csv", found))
     row: dict[str, Any] = {}
     for name, cell in zip(header, values, strict=True):
@@ -76,6 +77,6 @@ def _csv_row(
         if not cell.isascii():
             text, flaw = decode_utf8(cell.encode("utf-8", errors="surrogateescape"))
             problem = flaw or problem
-        # How pandas writes an empty cell with na_rep, or after astype(str): the same as a NaN.
-        row[name] = float("nan") if text in ("nan", "NaN") else text
+        # NaN, NA and null are words that an answer may be; that a cell is empty only an empty cell says.
+        row[name] = text
     return Row(source, place, row, problem)
