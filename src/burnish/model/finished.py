@@ -10,6 +10,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoConfig, PreTrainedModel
 
+from burnish.hub import only_cached
 from burnish.model.vision import loader_of
 
 
@@ -43,5 +44,8 @@ def make_room(base: PreTrainedModel, adapter: dict[str, Any]) -> None:
 
 
 def _load_full(path: str, revision: str | None, dtype: torch.dtype | None) -> PreTrainedModel:
-    config = AutoConfig.from_pretrained(path, revision=revision)
-    return loader_of(config).from_pretrained(path, revision=revision, dtype=dtype or "auto")
+    offline = only_cached(path)
+    config = AutoConfig.from_pretrained(path, revision=revision, local_files_only=offline)
+    return loader_of(config).from_pretrained(
+        path, revision=revision, dtype=dtype or "auto", local_files_only=offline
+    )
