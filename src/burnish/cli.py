@@ -14,7 +14,7 @@ from cyclopts import App, CycloptsError, Parameter
 
 from burnish import __version__
 from burnish.config.plan_options import PlanOptions
-from burnish.errors import EXIT_CONFIG, EXIT_ENVIRONMENT, BurnishError, ProblemsError, machine_limits
+from burnish.errors import EXIT_CONFIG, EXIT_ENVIRONMENT, BurnishError, machine_limits, reader_may_leave
 from burnish.jobs.options import JobOptions
 from burnish.rendezvous import without_launcher_flags
 
@@ -349,22 +349,19 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run a verb; the only place where errors become messages and exit codes."""
     tokens = without_launcher_flags(sys.argv[1:] if argv is None else argv)
     try:
-        if "--help-all" in tokens:
-            from burnish.config.help import all_keys_text
+        with machine_limits(tokens[0] if tokens else ""), reader_may_leave():
+            if "--help-all" in tokens:
+                from burnish.config.help import all_keys_text
 
-            _say(all_keys_text())
-            return
-        with machine_limits(tokens[0] if tokens else ""):
+                _say(all_keys_text())
+                return
             app(tokens, exit_on_error=False, print_error=False)
     except CycloptsError as error:
         _fail(str(error).strip(), EXIT_CONFIG)
     except BurnishError as error:
-        _fail(str(error), error.exit_code, len(error.problems) if isinstance(error, ProblemsError) else 1)
+        _fail(str(error), error.exit_code, error.heading)
     except KeyboardInterrupt:
         _fail("interrupted", 130)
-    except BrokenPipeError:  # the reader of our output went away (`| head`)
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(0)
 
 
 def _load(tokens: Sequence[str]) -> Config:
@@ -386,10 +383,10 @@ def _say(text: str) -> None:
     print(text)  # noqa: T201
 
 
-def _fail(message: str, exit_code: int, num_problems: int = 1) -> None:
+def _fail(message: str, exit_code: int, heading: str = "") -> None:
     rank = os.environ.get("RANK", "0")
     where = "" if rank == "0" else f"[rank {rank}] "
-    head = f"{num_problems} problems:\n" if num_problems > 1 else ""
+    head = f"{heading}:\n" if heading else ""
     sys.stdout.flush()
     print(f"{where}burnish: {head}{message}", file=sys.stderr)  # noqa: T201
     sys.exit(exit_code)

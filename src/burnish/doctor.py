@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Literal
 
 from burnish.collectives import collective_test, run_collectives
-from burnish.errors import MachineError
+from burnish.errors import ConfigError, MachineError, Problem
 from burnish.launch import threads_per_worker
 from burnish.runtime import Ranks
 
@@ -76,11 +76,16 @@ def examine_ranks(ranks: Ranks, num_processes: int | None = None) -> Finding:
     Args:
         ranks: This process among those that a launcher started; every one of them calls this.
         num_processes: How many to start without a launcher; None is one per GPU, or two on a CPU.
+
+    Raises:
+        ConfigError: That is no number of processes.
     """
+    if num_processes is not None and num_processes < 1:
+        raise ConfigError(Problem("--ranks", f"is {num_processes}", "Give at least 1, or leave it out."))
     try:
         if ranks.world_size > 1:
             return Finding("collectives", str(run_collectives(ranks)))
-        count = num_processes or _num_devices()
+        count = _num_devices() if num_processes is None else num_processes
         if count < 2:
             what = "one device: there is nobody to talk to"
             return Finding("collectives", what, "note", "Under srun or torchrun all ranks are tried.")

@@ -6,11 +6,13 @@ Everything in Burnish may import this module; it imports nothing of it, and noth
 from __future__ import annotations
 
 import errno
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NoReturn
 
 EXIT_DONE = 0
 EXIT_CONFIG = 2
@@ -21,10 +23,17 @@ EXIT_TRY_AGAIN = 75
 EXIT_SIGNAL = 143
 
 
+def counted(num: int, noun: str) -> str:
+    """A number and what it counts: `1 row`, `1,024 rows`."""
+    return f"{num:,} {noun}" if num == 1 else f"{num:,} {noun}s"
+
+
 class BurnishError(Exception):
     """Base of every error that ends the program with a message instead of a traceback."""
 
     exit_code: int = 1
+    heading: str = ""
+    """What stands before a message of several parts: how many there are, of what."""
 
 
 @dataclass(frozen=True)
@@ -48,10 +57,13 @@ class ProblemsError(BurnishError):
 
     Args:
         problems: What is wrong; a plain string is a problem without a place.
+        heading: Where the number of `problems` is not the number of things to mend.
     """
 
-    def __init__(self, *problems: Problem | str) -> None:
+    def __init__(self, *problems: Problem | str, heading: str | None = None) -> None:
         self.problems = tuple(p if isinstance(p, Problem) else Problem("", p) for p in problems)
+        counted = f"{len(problems)} problems" if len(problems) > 1 else ""
+        self.heading = counted if heading is None else heading
         super().__init__("\n".join(str(p) for p in self.problems))
 
 
@@ -131,6 +143,34 @@ def machine_limits(verb: str) -> Iterator[None]:
         where = str(error.filename or "disk")
         cure = "Free disk space, or choose another place."
         raise MachineError(Problem(where, f"cannot be written: {error.strerror}", cure)) from error
+
+
+@contextmanager
+def reader_may_leave() -> Iterator[None]:
+    """Output whose reader went away (`| head`) in the block ends the program quietly: who left had enough.
+
+    What is printed is flushed before the block ends. Left to Python's own end, a closed pipe would be a
+    message on stderr and exit code 120.
+    """
+    try:
+        try:
+            yield
+        except SystemExit:
+            sys.stdout.flush()
+            raise
+        sys.stdout.flush()
+    except BrokenPipeError:
+        _end_quietly()
+    except SystemExit as end:
+        # rich's console makes exit code 1 of it.
+        if not isinstance(end.__context__, BrokenPipeError):
+            raise
+        _end_quietly()
+
+
+def _end_quietly() -> NoReturn:
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is still in the buffer
+    sys.exit(EXIT_DONE)
 
 
 def _is_out_of_memory(error: MemoryError | RuntimeError) -> bool:

@@ -143,7 +143,8 @@ def _model_config(config: Config) -> dict[str, Any]:
         try:
             values = json.loads(file.read_text(encoding="utf-8"))
         except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise ConfigError(Problem("model.path", f"{file} is not JSON: {error}")) from error
+            cure = "Copy or download the model's folder again."
+            raise ConfigError(Problem("model.path", f"{file} is not JSON: {error}", cure)) from error
         if values.get("model_type") in FAMILIES:
             return values
     from burnish.model.load import load_model_config

@@ -217,7 +217,7 @@ class EvalStats:
     loss: float
     perplexity: float
     num_supervised_tokens: int
-    sources: Mapping[str, Mapping[str, float]]
+    sources: Mapping[str, Mapping[str, float | int]]
     seconds: float
 
 

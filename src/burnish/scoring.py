@@ -8,8 +8,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from burnish.config.check import check_source, require_model
 from burnish.config.load import load_config
-from burnish.config.schema import Config
+from burnish.config.schema import Config, SourceConfig
 from burnish.errors import ConfigError, Problem
 from burnish.records import EvalStats, Vocabulary
 from burnish.runtime import log
@@ -29,18 +30,21 @@ def score(target: Sequence[str], data: Sequence[str], as_json: bool) -> str:
         target: A config file or a model (folder or hub name), then dotted flags.
         data: Files to evaluate on; none for what the config's training evaluates on: `data.eval`, or the
             rows that `data.eval_fraction` holds out.
-        as_json: One line as in metrics.jsonl, and `model`.
+        as_json: One line as in metrics.jsonl, and `model`. `step` is the number of steps that the model
+            was trained, as its folder says, or null.
 
     Raises:
         ConfigError: The config has no result yet, or there is nothing to evaluate on.
     """
+    from burnish.export.card import trained_steps
     from burnish.metrics.lines import eval_line, to_json
 
     with tempfile.TemporaryDirectory(prefix="burnish-eval-") as scratch:
         config = _config(target, data, scratch)
         stats = evaluate_model(config)
     if as_json:
-        return to_json({**eval_line(stats), "model": config.model.path})
+        path = config.model.path
+        return to_json({**eval_line(stats), "step": trained_steps(path), "model": path})
     lines = [f"model: {config.model.path}", f"{'source':<32} {'loss':>10} {'perplexity':>12} {'tokens':>12}"]
     for name, numbers in stats.sources.items():
         lines.append(_line(name, numbers))
@@ -179,8 +183,10 @@ def _result_of(config: Config, file: str) -> Path:
 
 
 def _config_of_model(path: str, flags: list[str], data: Sequence[str], scratch: str) -> Config:
+    require_model(path)
     if not data:
-        raise ConfigError(Problem("--data", "is missing", "Say what to evaluate on: --data held-out.jsonl"))
+        raise ConfigError(_no_data(path))
+    _require_files(data)
     sources = "[" + ", ".join(f'"{name}"' for name in data) + "]"
     config = load_config(
         None, ["--model.path", "a/b", "--data.train", sources, f"--output_dir={scratch}/run", *flags]
@@ -188,11 +194,23 @@ def _config_of_model(path: str, flags: list[str], data: Sequence[str], scratch: 
     return config.model_copy(update={"model": config.model.model_copy(update={"path": path})})
 
 
+def _require_files(data: Sequence[str]) -> None:
+    problems = [problem for path in data for problem in check_source("--data", SourceConfig(path=path))]
+    if problems:
+        raise ConfigError(*problems)
+
+
+def _no_data(path: str) -> Problem:
+    if Path(path).exists():
+        return Problem("--data", "is missing", "Say what to evaluate on: --data held-out.jsonl")
+    cure = "Give a config, or a model (folder or hub name) and --data held-out.jsonl."
+    return Problem(path, "there is no such file or folder; for a model on the hub --data is missing", cure)
+
+
 def _eval_data(config: Config, data: Sequence[str]) -> dict[str, Any]:
     """Keys of `data` with which the config's evaluation data is prepared."""
-    from burnish.config.schema import SourceConfig
-
     if data:
+        _require_files(data)
         return {**_EVERY_ROW, "train": tuple(SourceConfig(path=path) for path in data)}
     if config.data.eval is not None:
         return {**_EVERY_ROW, "train": config.data.eval}

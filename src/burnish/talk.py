@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, final
 
+from burnish.config.check import require_model
 from burnish.errors import ConfigError, DataError, Problem
+from burnish.hub import not_loaded, only_cached
 from burnish.runtime import quieten_libraries
 
 
@@ -23,6 +25,7 @@ class Speaker:
     """
 
     def __init__(self, path: str, max_tokens: int = 512) -> None:
+        require_model(path)
         import torch
         from transformers import AutoTokenizer
 
@@ -30,12 +33,13 @@ class Speaker:
 
         quieten_libraries()
         try:
-            self._tokenizer: Any = AutoTokenizer.from_pretrained(path, padding_side="left")
+            self._tokenizer: Any = AutoTokenizer.from_pretrained(
+                path, padding_side="left", local_files_only=only_cached(path)
+            )
             self._model: Any = load_finished(path)
         except (OSError, ValueError) as error:
-            first = str(error).strip().splitlines()[0]
             cure = "Give a model folder, an adapter folder, or a hub name."
-            raise ConfigError(Problem(path, f"cannot be loaded: {first}", cure)) from error
+            raise ConfigError(not_loaded("MODEL", path, "model", error, cure)) from error
         if self._tokenizer.chat_template is None:
             raise DataError(
                 Problem(path, "its tokenizer has no chat template", "Chat with a trained result.")
@@ -79,8 +83,11 @@ def talk(path: str, prompt: str | None, system: str | None, max_tokens: int) -> 
     """Answer one prompt, or keep a conversation going until the input ends.
 
     Raises:
-        ConfigError: The model cannot be loaded, or its template refuses the conversation.
+        ConfigError: The model cannot be loaded, its template refuses the conversation, or no answer may
+            be as short as `max_tokens`.
     """
+    if max_tokens < 1:
+        raise ConfigError(Problem("--max-tokens", f"is {max_tokens}", "Give at least 1."))
     speaker = Speaker(path, max_tokens)
     turns = [] if system is None else [{"role": "system", "content": system}]
     if prompt is not None:

@@ -28,7 +28,7 @@ from burnish.data.stamp import date_of_run
 from burnish.data.texts import Mender
 from burnish.data.tokenizer import load_tokenizer
 from burnish.data.windows import micro_budget
-from burnish.errors import ConfigError, DataError, Problem, writing
+from burnish.errors import ConfigError, DataError, Problem, counted, writing
 from burnish.plan import CostModel
 from burnish.records import Conversation, Example
 from burnish.report.view import LostRow, View, ViewedExample, json_line
@@ -127,7 +127,7 @@ def gather(config: Config, num_examples: int, source: str | None = None, row: st
     lost = [loss for pile in piles for loss in pile.lost()]
     examples, control_ids = _viewed(piles, tokenizer)
     if not examples:
-        raise DataError(*_nothing_to_show(lost))
+        raise DataError(*_nothing_to_show(lost), heading="")
     packed = config.data.packing != "off"
     lengths = np.array([len(example.token_ids) for example in examples], np.int64)
     cuts = pack_window(lengths, 1, micro_budget(config.data, config.batch), CostModel(), packed)[0]
@@ -342,6 +342,9 @@ def _mask(template: str | None, lost: Sequence[LostRow]) -> str:
 
 
 def _nothing_to_show(lost: Sequence[LostRow]) -> Iterator[Problem]:
-    yield Problem("data.train", f"none of the {len(lost)} rows looked at gives an example")
+    what = f"none of the {counted(len(lost), 'row')} looked at gives an example"
+    yield Problem(
+        "data.train", what, "Mend them, or say with format and columns of the source what they are."
+    )
     for loss in lost[:10]:
         yield Problem(loss.row, f"{loss.message} [{loss.rule}]", loss.cure)

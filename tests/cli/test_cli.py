@@ -12,6 +12,7 @@ import pytest
 
 import burnish
 from burnish.cli import main
+from cluster.tiny_job import write_tiny_job
 
 VERBS = [
     "demo",
@@ -114,6 +115,11 @@ def test_schema_is_json(capsys):
         (["eval"], 2, "is missing"),
         (["eval", "some/model"], 2, "--data"),
         (["eval", "no.yaml", "--data", "d.jsonl"], 2, "no such file"),
+        (["eval", "nosuch"], 2, "nosuch: there is no such file or folder"),
+        (["eval", "some/model", "--data", "no.jsonl"], 2, "--data: there is no file or folder no.jsonl"),
+        (["chat", "some/model", "--max-tokens", "0"], 2, "--max-tokens: is 0\n    Give at least 1."),
+        (["chat", "some/model", "--max-tokens=-5"], 2, "--max-tokens: is -5"),
+        (["doctor", "--ranks", "0"], 2, "--ranks: is 0"),
     ],
 )
 def test_user_errors_are_one_message(argv, code, message, capsys):
@@ -161,8 +167,60 @@ def test_init_knows_a_tokenizer_without_a_template(has_template, capsys):
     assert tuple(config.model.add_tokens) == (() if has_template else ("<|im_start|>", "<|im_end|>"))
 
 
+@pytest.mark.parametrize("verb", ["ls", "verify", "prune"])
+def test_a_folder_that_is_no_run_has_no_checkpoints_to_speak_of(verb, capsys):
+    Path("model").mkdir()
+    code, text = fails(capsys, "ckpt", verb, "model")
+    assert (code, "model: is not a run" in text, "output_dir" in text) == (2, True, True), text
+
+
+@pytest.mark.parametrize("verb", [["chat"], ["eval", "--data", "d.jsonl"], ["eval"]])
+def test_a_run_where_its_result_is_meant_names_the_result(verb, capsys):
+    Path("run/final").mkdir(parents=True)
+    code, text = fails(capsys, verb[0], "run", *verb[1:])
+    assert (code, f"is a run, not a model\n    Give its result: {Path('run/final')}." in text) == (2, True), (
+        text
+    )
+    Path("run/final").rmdir()
+    assert "neither config.json nor adapter_config.json" in fails(capsys, verb[0], "run", *verb[1:])[1]
+
+
+def test_one_bad_row_is_counted_as_one(capsys):
+    job = write_tiny_job(Path("job"))
+    data = Path("job/train.jsonl")
+    data.write_text(data.read_text() + '{"messages": []}\n')
+    code, text = fails(capsys, "check", str(job))
+    assert (code, text.splitlines()[0]) == (3, "burnish: 1 row that cannot be trained on, 1 rule broken:"), (
+        text
+    )
+    data.write_text(data.read_text() + '{"messages": []}\n' * 30 + "{\n")
+    text = fails(capsys, "check", str(job))[1]
+    assert text.startswith("burnish: 32 rows that cannot be trained on, 2 rules broken:\n"), text
+    assert "... and 12 more rows" in text and "empty_messages: 31 rows: " in text
+
+
+@pytest.mark.parametrize("argv", [["schema"], ["view", "job/sft.yaml"]])
+def test_a_closed_pipe_ends_quietly(argv):
+    write_tiny_job(Path("job"))
+    reading, writing = os.pipe()
+    os.close(reading)
+    done = subprocess.run(
+        [sys.executable, "-m", "burnish", *argv],
+        stdout=writing,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(Path(burnish.__file__).parents[1])},
+        check=False,
+    )
+    os.close(writing)
+    assert (done.returncode, "Traceback" in done.stderr, "Exception" in done.stderr) == (0, False, False), (
+        done
+    )
+
+
 def test_no_checkpoints_is_no_error(capsys):
     Path("run").mkdir()
+    Path("run/plan.json").write_text("{}")
     try:
         main(["ckpt", "ls", "run"])
     except SystemExit as done:
@@ -172,7 +230,9 @@ def test_no_checkpoints_is_no_error(capsys):
 
 def test_eval_of_a_misspelt_config_names_the_right_one(capsys):
     Path("sft.yaml").write_text("output_dir: a\n")
-    code, text = fails(capsys, "eval", "sftt.yaml", "--data", "d.jsonl")
+    code, text = fails(
+        capsys, "eval", "sftt.yaml", "--data", "d.jsonl"
+    )  # neither is there: the config is first
     assert (code, "Did you mean sft.yaml?" in text) == (2, True), text
 
 

@@ -199,3 +199,19 @@ def test_home_is_known_in_data_paths(tmp_path, monkeypatch):
     for path in ("~/other.jsonl", "~/x*.jsonl", "~nobody-of-this-name/rows.jsonl"):
         with pytest.raises(ConfigError, match="no file"):
             load_config(None, [*BASE, "--data.train", path])
+
+
+def test_a_run_where_its_checkpoint_is_meant_names_the_newest():
+    for step in (4, 8):
+        folder = Path(f"run/checkpoints/step-{step:08}")
+        folder.mkdir(parents=True)
+        (folder / "MANIFEST.json").write_text("{}")
+    newest = Path("run/checkpoints/step-00000008")
+    for place in ("run", "run/checkpoints"):
+        with pytest.raises(ConfigError, match=f"checkpoint.resume: {newest}") as caught:
+            load_config(None, [*BASE, "--checkpoint.resume", place])
+        assert caught.value.problems[0].where == "checkpoint.resume"
+    load_config(None, [*BASE, "--checkpoint.resume", str(newest)])
+    Path("begun/checkpoints").mkdir(parents=True)
+    with pytest.raises(ConfigError, match="is a run, and has no checkpoint"):
+        load_config(None, [*BASE, "--checkpoint.resume", "begun"])

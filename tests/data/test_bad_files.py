@@ -82,17 +82,26 @@ def test_a_json_array_with_a_flaw_in_the_middle(tmp_path):
 def test_csv_with_ragged_lines_and_nan(tmp_path):
     path = tmp_path / "a.csv"
     path.write_text(
-        'instruction,input,output\nSay,nan,one\nSay,two,"three",four\nSay,,five\nSay\nSay,x,nan\n'
+        'instruction,input,output\nSay,nan,one\nSay,two,"three",four\nSay,,five\nSay\nSay,x,nan\nSay,,NA\n'
     )
     with pytest.raises(DataError) as caught:
         run_file(path)
     message = str(caught.value)
-    assert "a.csv:3: 4 cells under 3 columns" in message and "invalid_csv: 2 rows" in message
-    assert "a.csv:6: output is empty [content_missing]" in message
+    assert "a.csv:3: 4 cells under 3 columns" in message and "a.csv:5: 1 cell under 3 columns" in message
+    assert "invalid_csv: 2 rows: the line has more or fewer cells than the header" in message
+    assert "a.csv:6: output is NaN, as pandas writes an empty cell [content_missing]" in message
     source = run_file(path, bad_rows="drop").report["sources"][0]
-    assert source["rows_kept"] == 2 and source["fixed"]["content_nan"]["rows"] == 1
+    assert source["rows_kept"] == 3 and source["fixed"]["content_nan"]["rows"] == 1
     with pytest.raises(DataError, match=r"a.csv:2: input is NaN \[content_nan\]"):
         run_file(path, bad_row_rules={"content_nan": "error"})
+
+
+@pytest.mark.parametrize("suffix", ["parquet", "arrow"])
+def test_a_table_that_cannot_be_read_has_a_cure(tmp_path, suffix):
+    (tmp_path / f"a.{suffix}").write_bytes(b"not a table")
+    with pytest.raises(DataError, match="not a readable") as caught:
+        run_file(tmp_path / f"a.{suffix}")
+    assert all(problem.cure for problem in caught.value.problems)
 
 
 def test_a_csv_quote_that_never_ends(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from burnish.config.load import load_config
 from burnish.errors import ConfigError
 from burnish.run import train
 from burnish.scoring import score
-from cluster.tiny_job import write_tiny_job
+from cluster.tiny_job import NUM_STEPS, write_tiny_job
 
 
 @pytest.fixture(scope="module")
@@ -57,3 +58,18 @@ def test_without_evaluation_data_the_message_names_both_keys(job: Path) -> None:
     with pytest.raises(ConfigError, match=r"data\.eval_fraction") as caught:
         score([str(job), "--data.eval_fraction", "0"], [], True)
     assert "--data FILE" in str(caught.value)
+
+
+def test_the_line_names_the_models_step_and_counts_are_whole_numbers(job: Path, tmp_path: Path) -> None:
+    data, final = [str(job.parent / "train.jsonl")], job.parent / "run" / "final"
+    line = json.loads(score([str(job)], data, True))
+    assert line["step"] == NUM_STEPS
+    lines = [line, *map(json.loads, (job.parent / "run" / "metrics.jsonl").read_text().splitlines())]
+    evals = [entry for entry in lines if entry["kind"] == "eval"]
+    counts = [source["num_supervised_tokens"] for entry in evals for source in entry["sources"].values()]
+    assert len(evals) > 1 and {type(count) for count in counts} == {int}
+
+    shutil.copytree(final, tmp_path / "model")
+    (tmp_path / "model" / "burnish.json").unlink()
+    flags = ["--data.chat_template", "chatml"]
+    assert json.loads(score([str(tmp_path / "model"), *flags], data, True))["step"] is None

@@ -32,6 +32,8 @@ MANIFEST_VERSION = 1
 _NAME = re.compile(r"step-(\d{8,})")
 _READ_BYTES = 8 * 2**20
 
+_AN_OLDER_ONE = "Go on from an older checkpoint: `burnish ckpt verify RUN` says which are whole."
+
 
 @dataclass(frozen=True)
 class FileEntry:
@@ -97,10 +99,10 @@ def read_manifest(folder: Path) -> list[FileEntry]:
         return [FileEntry(f["name"], f["num_bytes"], f["xxh3_128"]) for f in content["files"]]
     except FileNotFoundError as error:
         raise CheckpointError(
-            Problem(str(folder), "has no MANIFEST.json: the save never finished")
+            Problem(str(folder), "has no MANIFEST.json: the save never finished", _AN_OLDER_ONE)
         ) from error
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(Problem(str(path), f"cannot be read: {error}")) from error
+        raise CheckpointError(Problem(str(path), f"cannot be read: {error}", _AN_OLDER_ONE)) from error
 
 
 def file_problem(folder: Path, entry: FileEntry) -> str | None:
@@ -150,4 +152,4 @@ def read_state(folder: Path) -> TrainState:
         content: Mapping[str, object] = json.loads(path.read_text())
         return TrainState(**content)  # pyright: ignore[reportArgumentType] - checked by who wrote it
     except (OSError, ValueError, TypeError) as error:
-        raise CheckpointError(Problem(str(path), f"cannot be read: {error}")) from error
+        raise CheckpointError(Problem(str(path), f"cannot be read: {error}", _AN_OLDER_ONE)) from error

@@ -22,7 +22,7 @@ from burnish.checkpoint.manifest import (
 )
 from burnish.config.schema import ResumableChange
 from burnish.engine.base import Engine
-from burnish.errors import CheckpointError, Problem
+from burnish.errors import CheckpointError, Problem, counted
 from burnish.records import TrainState
 from burnish.runtime import Ranks, gather_objects, log, restore_random_state, seed_everything
 
@@ -90,7 +90,8 @@ def _verify_together(path: Path, ranks: Ranks) -> list[str]:
 
 def _nothing_whole(run_dir: Path, resume: str, num_candidates: int) -> CheckpointError:
     where = run_dir / FOLDER if resume in ("auto", "must") else resume
-    what = f"none of {num_candidates} checkpoints is whole" if num_candidates else "there is no checkpoint"
+    found = {0: "there is no checkpoint", 1: "the only checkpoint is not whole"}
+    what = found.get(num_candidates, f"none of {num_candidates} checkpoints is whole")
     cure = "The lines above say why each was rejected. " if num_candidates else ""
     return CheckpointError(
         Problem(
@@ -180,7 +181,7 @@ def check_fingerprints(
         "belongs to a run that was made from something else; what changed:",
         "Undo the change, choose another output_dir, or start over with checkpoint.resume: never." + allow,
     )
-    raise CheckpointError(head, *problems)
+    raise CheckpointError(head, *problems, heading="")
 
 
 def _restore_random_state(state: TrainState, ranks: Ranks) -> None:
@@ -190,7 +191,8 @@ def _restore_random_state(state: TrainState, ranks: Ranks) -> None:
     # Another number of ranks has no saved random state per rank: draw a new one that depends on
     # the step, so that dropout does not repeat. The order of the examples does not depend on it.
     seed_everything(state.step * 1_000_003 + ranks.rank)
-    log.info("Saved by %d ranks, resumed by %d: dropout is seeded anew.", state.world_size, ranks.world_size)
+    saved = counted(state.world_size, "rank")
+    log.info("Saved by %s, resumed by %d: dropout is seeded anew.", saved, ranks.world_size)
 
 
 def package_versions() -> dict[str, str]:

@@ -21,6 +21,9 @@ from burnish.runtime import log
 
 REMOVED_PREFIX = ".removed-"
 
+_RUN_LEAVES = (FOLDER, "config.yaml", "plan.json", "metrics.jsonl")
+"""Each of them says that a folder is a run's: the first checkpoint comes late."""
+
 
 @dataclass(frozen=True)
 class CheckpointInfo:
@@ -89,23 +92,26 @@ def prune_verified(run_dir: Path, keep: int) -> list[Path]:
     """`prune` for a user at rest (`burnish ckpt prune`): the newest one that verifies stays too.
 
     Raises:
-        ConfigError: There is no such folder, or nothing would be kept.
+        ConfigError: There is no such folder, it is no run's, or nothing would be kept.
     """
-    require_folder(run_dir)
+    require_run(run_dir)
     if keep < 1:
         raise ConfigError(Problem("--keep", f"is {keep}", "Keep at least 1: a run goes on from the newest."))
     whole = next((path for path in committed_paths(run_dir) if not verify(path)), None)
     return prune(run_dir, keep, [] if whole is None else [whole])
 
 
-def require_folder(run_dir: Path) -> None:
-    """Nothing, if there is a folder; a mistyped one must not look like a run without checkpoints.
+def require_run(run_dir: Path) -> None:
+    """Nothing, if the folder is a run's; another one must not look like a run without checkpoints.
 
     Raises:
-        ConfigError: There is none.
+        ConfigError: There is no such folder, or it holds nothing that a run leaves.
     """
+    cure = "Give a run's output_dir: the folder that holds checkpoints/."
     if not run_dir.is_dir():
-        raise ConfigError(Problem(str(run_dir), "there is no such folder", "Give a run's output_dir."))
+        raise ConfigError(Problem(str(run_dir), "there is no such folder", cure))
+    if not any((run_dir / name).exists() for name in _RUN_LEAVES):
+        raise ConfigError(Problem(str(run_dir), f"is not a run (no {FOLDER}, no {_RUN_LEAVES[-1]})", cure))
 
 
 def _best_of(finished: list[Path]) -> list[Path]:

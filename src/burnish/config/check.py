@@ -11,7 +11,7 @@ from pathlib import Path
 from burnish.config.raw_deepspeed import misspelt_settings, refused_settings
 from burnish.config.row_rules import misnamed_rules
 from burnish.config.schema import Config, SourceConfig
-from burnish.errors import Problem
+from burnish.errors import ConfigError, Problem
 
 DATA_SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".arrow", ".gz", ".zst", ".xz", ".bz2")
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
@@ -92,12 +92,29 @@ def _check_model_folder(folder: Path) -> Iterator[Problem]:
     yield Problem("model.path", f"{folder} has no config.json", cure)
 
 
+def require_model(path: str) -> None:
+    """Nothing, if a finished model or adapter may be there: on this machine, or on the hub.
+
+    Raises:
+        ConfigError: It is a folder that holds neither; where it is a run's, its results are named.
+    """
+    folder = Path(path)
+    configs = ("config.json", "adapter_config.json")
+    if not folder.is_dir() or any((folder / name).is_file() for name in configs):
+        return
+    results = [str(folder / name) for name in ("final", "best") if (folder / name).is_dir()]
+    if results:
+        raise ConfigError(Problem(path, "is a run, not a model", f"Give its result: {' or '.join(results)}."))
+    cure = "Give a model folder, an adapter folder, or a hub name."
+    raise ConfigError(Problem(path, "has neither config.json nor adapter_config.json", cure))
+
+
 def _check_sources(config: Config) -> Iterator[Problem]:
     for key, sources in (("train", config.data.train), ("eval", config.data.eval or ())):
         names: set[str] = set()
         for index, source in enumerate(sources):
             where = f"data.{key}[{index}]" if len(sources) > 1 else f"data.{key}"
-            yield from _check_source(where, source)
+            yield from check_source(where, source)
             if source.name is not None and source.name in names:
                 cure = "Give each source its own name."
                 yield Problem(f"{where}.name", f"{source.name!r} stands twice in data.{key}", cure)
@@ -109,7 +126,8 @@ def _check_sources(config: Config) -> Iterator[Problem]:
                 yield Problem(f"{where}.weight", what, cure)
 
 
-def _check_source(where: str, source: SourceConfig) -> Iterator[Problem]:
+def check_source(where: str, source: SourceConfig) -> Iterator[Problem]:
+    """What is wrong with a source's path, as far as the file system alone can tell; `where` names it."""
     path = os.path.expanduser(source.path)  # noqa: PTH111 - Path's raises where there is no such user
     if not path.strip():
         yield Problem(where, "is an empty path", "Give a file, a folder, a glob or a hub name.")
@@ -269,6 +287,21 @@ def _check_run(config: Config) -> Iterator[Problem]:
     if resume not in ("auto", "never", "must") and not Path(resume).is_dir():
         cure = "Give auto, never, must, or the folder of a checkpoint."
         yield Problem("checkpoint.resume", f"there is no folder {resume}", cure)
+    elif Path(resume).is_dir() and not (Path(resume) / "MANIFEST.json").exists():
+        yield from _check_resumed_run(Path(resume))
+
+
+def _check_resumed_run(folder: Path) -> Iterator[Problem]:
+    """A run's folder, or that of its checkpoints, where one checkpoint is meant."""
+    for place in (folder / "checkpoints", folder):
+        found = max(place.glob("step-*/MANIFEST.json"), key=lambda path: path.parent.name, default=None)
+        if found is not None:
+            cure = f"Name one of those in it: checkpoint.resume: {found.parent}."
+            yield Problem("checkpoint.resume", f"{folder} holds checkpoints and is none itself", cure)
+            return
+    if (folder / "checkpoints").is_dir():
+        cure = "Give the folder of a checkpoint, RUN/checkpoints/step-…; `burnish ckpt ls RUN` lists them."
+        yield Problem("checkpoint.resume", f"{folder} is a run, and has no checkpoint to go on from", cure)
 
 
 def _check_output(config: Config) -> Iterator[Problem]:

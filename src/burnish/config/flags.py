@@ -71,10 +71,12 @@ def _put(tree: dict[str, Any], name: str, text: str) -> Problem | None:
         parent = _step_into(parent, part)
         if parent is None:
             where = ".".join(above[: depth + 1])
-            return Problem(f"--{name}", f"{where} is not a section or a list with that index here")
+            what = f"{where} is not a section or a list with that index here"
+            return Problem(f"--{name}", what, "`burnish train --help-all` lists every key.")
     if isinstance(parent, list):
         if not leaf.isdecimal() or int(leaf) >= len(parent):
-            return Problem(f"--{name}", f"there is no item {leaf} in a list of {len(parent)}")
+            what = f"there is no item {leaf} in a list of {len(parent)}"
+            return Problem(f"--{name}", what, "Items count from 0; a new one goes into the file.")
         parent[int(leaf)] = value
     else:
         parent[leaf] = value

@@ -82,7 +82,8 @@ def _read_file(path: Path) -> Document:
         cure = "Save it as plain UTF-8 text."
         raise ConfigError(Problem(name, f"is not UTF-8 text (byte {error.start})", cure)) from error
     except OSError as error:
-        raise ConfigError(Problem(name, f"cannot be read: {error.strerror}")) from error
+        cure = "Give a file that you may read."
+        raise ConfigError(Problem(name, f"cannot be read: {error.strerror}", cure)) from error
     document = read_yaml(text, name)
     if document.value is None:
         raise ConfigError(Problem(name, "is empty", "`burnish init DATA` writes a config to start from."))

@@ -49,7 +49,12 @@ _READING = (
         # Even with bad_rows: drop, half a file is not lost unless its owner says so by name.
         default="error",
     ),
-    Rule("invalid_csv", "the line has more cells than the header", "Put quotes around the cells."),
+    Rule(
+        "invalid_csv",
+        "the line has more or fewer cells than the header, or a quote out of place",
+        "Put quotes around a cell that holds commas or line ends, and double the quotes inside; "
+        "write an empty cell where one is missing.",
+    ),
     Rule(
         "invalid_utf8",
         "the line is not UTF-8",

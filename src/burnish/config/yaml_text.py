@@ -105,7 +105,8 @@ def read_yaml(text: str, name: str) -> Document:
     except yaml.YAMLError as error:
         raise ConfigError(_syntax_problem(error, name)) from error
     except (ValueError, RecursionError) as error:
-        raise ConfigError(Problem(name, f"cannot be read as YAML: {error}")) from error
+        cure = "Write this value in another way, or in quotes."
+        raise ConfigError(Problem(name, f"cannot be read as YAML: {error}", cure)) from error
     finally:
         loader.dispose()
 
@@ -141,7 +142,8 @@ class _Walk:
     def visit(self, node: yaml.Node, path: Path, above: frozenset[int]) -> None:
         line = node.start_mark.line + 1
         if id(node) in above:
-            self.problems.append(Problem(f"{self.name}:{line}", "an alias that contains itself"))
+            cure = "Write out what the alias stands for."
+            self.problems.append(Problem(f"{self.name}:{line}", "an alias that contains itself", cure))
         elif isinstance(node, yaml.SequenceNode):
             for index, item in enumerate(node.value):
                 self.lines[(*path, index)] = item.start_mark.line + 1

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from burnish.data.rows import Row
+from burnish.data.rows import COPY_AGAIN, Row
 from burnish.errors import DataError, Problem
 
 ARROW_BATCH_ROWS = 256
@@ -22,7 +22,7 @@ def read_parquet(path: Path, source: str) -> Iterator[Row]:
         file = pq.ParquetFile(path)
         yield from _table_rows(file.iter_batches(batch_size=ARROW_BATCH_ROWS), path, source)
     except (pa.ArrowException, OSError) as error:
-        raise DataError(Problem(str(path), f"not a readable Parquet file: {error}")) from error
+        raise DataError(Problem(str(path), f"not a readable Parquet file: {error}", COPY_AGAIN)) from error
 
 
 def read_arrow(path: Path, source: str) -> Iterator[Row]:
@@ -32,7 +32,7 @@ def read_arrow(path: Path, source: str) -> Iterator[Row]:
     try:
         yield from _table_rows(_arrow_batches(path), path, source)
     except (pa.ArrowException, OSError) as error:
-        raise DataError(Problem(str(path), f"not a readable Arrow file: {error}")) from error
+        raise DataError(Problem(str(path), f"not a readable Arrow file: {error}", COPY_AGAIN)) from error
 
 
 def _arrow_batches(path: Path) -> Iterator[Any]:

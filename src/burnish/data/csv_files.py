@@ -9,6 +9,7 @@ from typing import Any
 
 from burnish.data.problems import RowProblem, shorten
 from burnish.data.rows import BROKEN, Row, decode_utf8, lenient_text, open_bytes
+from burnish.errors import counted
 
 MAX_CELL_BYTES = 1 << 30
 """Largest cell; Python's default of 128 KiB refuses long texts."""
@@ -68,7 +69,7 @@ def _csv_row(
     values: list[str], header: list[str], source: str, place: str, problem: RowProblem | None
 ) -> Row:
     if len(values) != len(header):
-        found = f"{len(values)} cells under {len(header)} columns, {shorten(values[-1])} last"
+        found = f"{counted(len(values), 'cell')} under {len(header)} columns, {shorten(values[-1])} last"
         return Row(source, place, None, RowProblem("invalid_csv", found))
     row: dict[str, Any] = {}
     for name, cell in zip(header, values, strict=True):

@@ -208,7 +208,8 @@ class _Cells:
         if is_missing(value, theirs, self.mender):
             if theirs not in self._value:
                 raise RowProblem("missing_column", f"no column {theirs!r}, only {shorten(list(self._value))}")
-            raise RowProblem("content_missing", f"{theirs} is empty")
+            found = "empty" if value is None else "NaN, as pandas writes an empty cell"
+            raise RowProblem("content_missing", f"{theirs} is {found}")
         return value
 
     def text(self, name: str) -> str:

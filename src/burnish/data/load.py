@@ -15,7 +15,7 @@ from burnish.config.schema import SourceConfig
 from burnish.data.arrow_files import count_rows, read_arrow, read_parquet
 from burnish.data.csv_files import read_csv
 from burnish.data.json_files import read_json, read_jsonl
-from burnish.data.rows import Row
+from burnish.data.rows import COPY_AGAIN, Row, unreadable
 from burnish.errors import DataError, Problem
 
 __all__ = ["Row", "content_hash", "expand_source", "file_facts", "read_rows", "source_names"]
@@ -183,14 +183,11 @@ def _saved_files(folder: Path, missing: str) -> list[Path]:
             Problem(str(folder), missing or "no state.json", "Set split of the source.")
         ) from error
     except (ValueError, KeyError, TypeError) as error:
-        raise DataError(
-            Problem(str(folder / "state.json"), f"not what save_to_disk writes: {error}")
-        ) from error
+        what = f"not what save_to_disk writes: {error}"
+        raise DataError(Problem(str(folder / "state.json"), what, COPY_AGAIN)) from error
     absent = [file for file in files if not file.exists()]
     if absent:
-        raise DataError(
-            Problem(str(absent[0]), "the saved dataset lacks this file", "Copy the folder again.")
-        )
+        raise DataError(Problem(str(absent[0]), "the saved dataset lacks this file", COPY_AGAIN))
     return files
 
 
@@ -231,7 +228,7 @@ def file_facts(path: Path) -> FileFacts:
                 num_bytes += len(chunk)
                 num_lines += chunk.count(b"\n") if by_lines else 0
     except OSError as error:
-        raise DataError(Problem(str(path), f"cannot be read: {error.strerror or error}")) from error
+        raise unreadable(path, error) from error
     num_rows = num_lines if by_lines else count_rows(path) if kind == "parquet" else None
     return FileFacts(digest.hexdigest(), num_bytes, num_rows)
 

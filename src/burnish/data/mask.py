@@ -81,9 +81,8 @@ class Encoder:
         self._data = data
         backend = tokenizer.backend_tokenizer
         if not isinstance(backend, Tokenizer):
-            raise DataError(
-                Problem("model.tokenizer", "not a fast tokenizer, so tokens cannot be traced to characters")
-            )
+            what = "not a fast tokenizer, so tokens cannot be traced to characters"
+            raise DataError(Problem("model.tokenizer", what, "Give one that has a tokenizer.json."))
         self._backend = _without_post_processor(backend)
         self._texts = TextTokenizer(self._backend)
         self._control = ControlTokens(self._backend)

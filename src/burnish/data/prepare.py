@@ -39,7 +39,7 @@ from burnish.data.progress import progress
 from burnish.data.report import bad_fraction_problem, build_report
 from burnish.data.stamp import date_of_run, stamps_dates
 from burnish.data.store import ExampleStore, Part, PartWriter
-from burnish.data.tally import NUM_SHOWN, Tally, error_problems
+from burnish.data.tally import NUM_SHOWN, Tally, rows_error
 from burnish.errors import DataError, Problem
 from burnish.runtime import available_cores
 
@@ -127,9 +127,9 @@ def prepare(config: Config, tokenizer: PreTrainedTokenizerBase, template: str | 
     origins = [*_find_files("train", data.train), *_find_files("eval", data.eval or ())]
     open_cache(kitchen.cache)
     results = [kitchen.part(origin) for origin in origins]
-    problems = error_problems([result for result in results if isinstance(result, Tally)])
-    if problems:
-        raise DataError(*problems)
+    bad_rows = rows_error([result for result in results if isinstance(result, Tally)])
+    if bad_rows is not None:
+        raise bad_rows
     parts = [result for result in results if isinstance(result, PreparedPart)]
     return _assemble(config, parts, kitchen.stamped_date)
 
@@ -235,7 +235,8 @@ class _Kitchen:
                 Problem(r.place, f"{r.problem.message} [{r.problem.rule}]") for r in first if r.problem
             ]
             what = f"none of the first {len(first)} rows can be read"
-            raise DataError(Problem(origin.source.path, what, "Is it the right file?"), *problems[:NUM_SHOWN])
+            head = Problem(origin.source.path, what, "Is it the right file?")
+            raise DataError(head, *problems[:NUM_SHOWN], heading="")
         fmt = detect_format(origin.source, [row.value for row in readable if row.value is not None])
         sample = readable[0]
         assert sample.value is not None

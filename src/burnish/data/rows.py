@@ -18,6 +18,9 @@ from burnish.errors import DataError, Problem
 # What the decompressors raise when a file is damaged or cut off. OSError covers zstd and gzip.
 BROKEN = (EOFError, OSError, lzma.LZMAError, zlib.error)
 
+COPY_AGAIN = "Copy or download it again, or write it anew."
+"""What to do about a file that is not what its name says."""
+
 
 @dataclass(frozen=True)
 class Row:
@@ -43,7 +46,13 @@ def open_bytes(path: Path) -> io.BufferedIOBase:
     try:
         return _open_bytes(path)
     except OSError as error:
-        raise DataError(Problem(str(path), f"cannot be read: {error.strerror or error}")) from error
+        raise unreadable(path, error) from error
+
+
+def unreadable(path: Path, error: OSError) -> DataError:
+    """The error that the system does not let a file be read."""
+    cure = "Give files that you may read, or change their permissions."
+    return DataError(Problem(str(path), f"cannot be read: {error.strerror or error}", cure))
 
 
 def _open_bytes(path: Path) -> io.BufferedIOBase:

@@ -9,7 +9,7 @@ from burnish.config.row_rules import RULES, Policy
 from burnish.config.schema import DataConfig
 from burnish.data.encode import BatchResult, Finding
 from burnish.data.policies import fate
-from burnish.errors import Problem
+from burnish.errors import DataError, Problem, counted
 
 NUM_PLACES = 5
 """Places named per rule in the report."""
@@ -79,8 +79,9 @@ class Tally:
         }
 
 
-def error_problems(tallies: list[Tally]) -> list[Problem]:
-    """All rows whose policy is `error`, over all sources: the first ones, and a count per rule."""
+def rows_error(tallies: list[Tally]) -> DataError | None:
+    """All rows whose policy is `error`, over all sources: the first ones, and a count per rule. None
+    where there are none."""
     findings = [finding for tally in tallies for finding in tally.errors][:NUM_SHOWN]
     totals: dict[str, int] = {}
     for tally in tallies:
@@ -89,14 +90,16 @@ def error_problems(tallies: list[Tally]) -> list[Problem]:
     problems = [Problem(f.place, f"{f.message} [{f.rule}]") for f in findings]
     hidden = sum(totals.values()) - len(findings)
     if hidden:
-        problems.append(Problem("", f"... and {hidden} more rows"))
-    return problems + [_rule_problem(rule, count) for rule, count in totals.items()]
+        problems.append(Problem("", f"... and {counted(hidden, 'more row')}"))
+    problems += [_rule_problem(rule, count) for rule, count in totals.items()]
+    num_rows = counted(sum(totals.values()), "row")
+    breaks = f"{num_rows} that cannot be trained on, {counted(len(totals), 'rule')} broken"
+    return DataError(*problems, heading=breaks) if problems else None
 
 
 def _rule_problem(name: str, count: int) -> Problem:
     rule = RULES[name]
-    rows = "1 row" if count == 1 else f"{count} rows"
     policies = f"{rule.cure} Or set data.bad_row_rules.{name}: drop leaves the row out"
     if rule.can_fix:
         policies += f"; fix: {rule.fix}"
-    return Problem(name, f"{rows}: {rule.what}", f"{policies}.")
+    return Problem(name, f"{counted(count, 'row')}: {rule.what}", f"{policies}.")

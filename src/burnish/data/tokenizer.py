@@ -13,6 +13,7 @@ from burnish.config.schema import DataConfig, ModelConfig
 from burnish.data.sandbox import probe_template
 from burnish.data.vocabulary import add_tokens
 from burnish.errors import DataError, Problem
+from burnish.hub import not_loaded, only_cached
 from burnish.records import Vocabulary
 from burnish.runtime import log
 
@@ -119,16 +120,14 @@ def _load(model: ModelConfig) -> PreTrainedTokenizerBase:
     where = "model.tokenizer" if model.tokenizer else "model.path"
     try:
         tokenizer = AutoTokenizer.from_pretrained(
-            path, revision=model.revision, trust_remote_code=model.trust_remote_code
+            path,
+            revision=model.revision,
+            trust_remote_code=model.trust_remote_code,
+            local_files_only=only_cached(path),
         )
     except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
-        raise DataError(
-            Problem(
-                where,
-                f"{path}: no tokenizer can be loaded from there: {error}",
-                "Give a folder or hub name with a tokenizer.json, or set model.tokenizer.",
-            )
-        ) from error
+        cure = "Give a folder or hub name with a tokenizer.json, or set model.tokenizer."
+        raise DataError(not_loaded(where, path, "tokenizer", error, cure)) from error
     if not tokenizer.is_fast:
         raise DataError(
             Problem(
@@ -148,7 +147,9 @@ def _find_template(tokenizer: PreTrainedTokenizerBase, name: str | None) -> str 
         try:
             return file.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
-            raise DataError(Problem("data.chat_template", f"{name}: cannot be read: {error}")) from error
+            cure = "Give a file of UTF-8 text that you may read, or a built-in name."
+            what = f"{name}: cannot be read: {error}"
+            raise DataError(Problem("data.chat_template", what, cure)) from error
     builtin = builtin_templates()
     if name in builtin:
         return builtin[name]

@@ -293,9 +293,12 @@ def plan_windows(
         ConfigError: An example is longer than a forward may be.
     """
     if len(counts.num_tokens) == 0:
-        raise DataError(Problem("data.train", "there is no example to train on"))
+        raise DataError(Problem("data.train", "there is no example to train on", _LOOK))
     cost = cost or CostModel()
     return WindowPlan(counts, data, batch, train, world_size, packed, cost, sharing, prefixes)
+
+
+_LOOK = "`burnish check CONFIG` says what became of the rows."
 
 
 def eval_cuts(
@@ -332,6 +335,6 @@ def _source_shares(counts: ExampleCounts, data: DataConfig) -> list[int] | None:
     empty = [source.path for source, size in zip(data.train, sizes, strict=True) if size == 0]
     if empty:
         raise DataError(
-            *(Problem("data.train", f"{path} has a weight but no usable example") for path in empty)
+            *(Problem("data.train", f"{path} has a weight but no usable example", _LOOK) for path in empty)
         )
     return shares([source.weight for source in data.train], int(sizes.sum()))

@@ -33,7 +33,7 @@ from burnish.config.check import unsuited_optimizer
 from burnish.config.raw_deepspeed import Names, setting_names, unknown_settings
 from burnish.config.schema import Config
 from burnish.engine.base import Engine, StepResult
-from burnish.engine.ds_checkpoint import TAG, as_universal, refuse_other_stage, written_by
+from burnish.engine.ds_checkpoint import TAG, as_universal, nothing_found, refuse_other_stage, written_by
 from burnish.engine.ds_config import (
     ModelSizes,
     deepspeed_config,
@@ -73,7 +73,7 @@ from burnish.engine.optimizer import build_optimizer, set_learning_rate
 from burnish.engine.phases import PhaseClock
 from burnish.engine.precision import LossScale
 from burnish.engine.state_files import exported_weights, refuse_empty
-from burnish.errors import CheckpointError, ConfigError, MachineError, Problem
+from burnish.errors import CheckpointError, ConfigError, MachineError, Problem, counted
 from burnish.model.foresee import largest_parameter
 from burnish.model.forward import SupervisedModel, to_device
 from burnish.model.load import COMPUTE_DTYPES
@@ -330,10 +330,10 @@ class DeepSpeedEngine(Engine):
             return
         if not isinstance(self._optimizer, torch.optim.AdamW):
             # Universal checkpoints know Adam's two moments and nothing else.
-            what = f"{self._optimizer_name}'s state was saved by {num_shards} ranks"
+            what = f"{self._optimizer_name}'s state was saved by {counted(num_shards, 'rank')}"
             cure = f"Resume on {num_shards}: only adamw's state can be laid out for another number."
             raise CheckpointError(Problem("checkpoint.resume", what, cure))
-        log.info("Converting %s from %d ranks to %d.", folder, num_shards, self._ranks.world_size)
+        log.info("Converting %s from %s to %d.", folder, counted(num_shards, "rank"), self._ranks.world_size)
         with as_universal(self._engine, folder, self._ranks) as converted:
             self._load(converted)
 
@@ -346,7 +346,7 @@ class DeepSpeedEngine(Engine):
                 load_lr_scheduler_states=False,
             )
         if path is None:
-            raise CheckpointError(Problem(str(folder), "DeepSpeed found no checkpoint in it"))
+            raise nothing_found(folder)
         self._scale.load_state_dict(client_state.get(_LOSS_SCALE, {}))
 
     def _load_swapped(self, folder: Path, num_shards: int) -> None:
@@ -356,8 +356,8 @@ class DeepSpeedEngine(Engine):
             cure = "Resume with the offload settings that it was saved with."
             raise CheckpointError(Problem(where, "the checkpoint was saved without offload to nvme", cure))
         if num_shards != self._ranks.world_size:
-            what = f"the checkpoint was saved by {num_shards} ranks, with state on nvme"
-            raise CheckpointError(Problem(where, what, f"Resume on {num_shards} ranks."))
+            what = f"the checkpoint was saved by {counted(num_shards, 'rank')}, with state on nvme"
+            raise CheckpointError(Problem(where, what, f"Resume on {counted(num_shards, 'rank')}."))
         zero = self._engine.optimizer
         zero.checkpoint_event_prologue()
         # Everything but ZeRO's own state: frozen weights, buffers, counters.
@@ -368,7 +368,7 @@ class DeepSpeedEngine(Engine):
             load_lr_scheduler_states=False,
         )
         if path is None:
-            raise CheckpointError(Problem(str(folder), "DeepSpeed found no checkpoint in it"))
+            raise nothing_found(folder)
         read_swapped_state(zero, folder / TAG, self._ranks.rank)
         zero.checkpoint_event_epilogue()
         self._scale.load_state_dict(client_state.get(_LOSS_SCALE, {}))

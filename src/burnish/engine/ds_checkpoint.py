@@ -50,6 +50,12 @@ def refuse_other_stage(folder: Path, stage: int, num_shards: int) -> None:
         )
 
 
+def nothing_found(folder: Path) -> CheckpointError:
+    """The error that DeepSpeed knows nothing of the folder's files."""
+    cure = "Go on from an older checkpoint, or with the engine.kind and offload settings that saved this one."
+    return CheckpointError(Problem(str(folder), "DeepSpeed found no checkpoint in it", cure))
+
+
 @contextlib.contextmanager
 def as_universal(engine: Any, folder: Path, ranks: Ranks) -> Iterator[Path]:
     """While entered: a checkpoint's shards as a universal one, and an engine that loads one.
@@ -66,7 +72,8 @@ def as_universal(engine: Any, folder: Path, ranks: Ranks) -> Iterator[Path]:
     failure = convert_to_universal(folder / TAG, converted / TAG) if ranks.is_main else None
     failure = gather_objects(failure, ranks)[0]
     if failure is not None:
-        raise CheckpointError(Problem(str(folder), f"could not be converted: {failure}"))
+        cure = "Resume on as many ranks as saved it, or with more free disk space."
+        raise CheckpointError(Problem(str(folder), f"could not be converted: {failure}", cure))
     engine._config.load_universal_checkpoint = True
     try:
         yield converted

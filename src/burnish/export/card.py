@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -15,6 +16,7 @@ from burnish import __version__
 from burnish.config.schema import Config, SourceConfig
 
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+(:[\w.-]+)?")
+FACTS_FILE = "burnish.json"
 
 
 @dataclass(frozen=True)
@@ -94,3 +96,23 @@ def _settings(config: Config, facts: ExportFacts) -> dict[str, str]:
         if adapter.quantize:
             settings["base kept in"] = adapter.quantize
     return settings
+
+
+def write_facts(folder: Path, facts: ExportFacts) -> None:
+    """Write beside the card what a program wants to know of it."""
+    values = {
+        "burnish": __version__,
+        "step": facts.num_steps,
+        "num_examples": facts.num_examples,
+        "num_supervised_tokens": facts.num_supervised_tokens,
+    }
+    (folder / FACTS_FILE).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+
+
+def trained_steps(folder: str) -> int | None:
+    """Optimizer steps that an exported folder's model was trained; None where the folder does not say."""
+    try:
+        step = json.loads((Path(folder) / FACTS_FILE).read_text(encoding="utf-8"))["step"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return step if isinstance(step, int) else None

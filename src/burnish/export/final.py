@@ -16,7 +16,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from burnish.config.schema import Config
 from burnish.data.tokenizer import vocabulary_of
 from burnish.errors import MachineError, Problem
-from burnish.export.card import ExportFacts, model_card
+from burnish.export.card import ExportFacts, model_card, write_facts
 from burnish.export.chat import generation_config, save_tokenizer
 from burnish.export.folder import prove_weights, whole_folder
 from burnish.export.pissa import as_lora, as_lora_config
@@ -78,6 +78,7 @@ def export_final(
         save_tokenizer(tokenizer, template, staging)
         card = model_card(config, out.parent.resolve().name, facts)
         (staging / "README.md").write_text(card, encoding="utf-8")
+        write_facts(staging, facts)
     return out
 
 

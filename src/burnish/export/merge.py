@@ -62,7 +62,7 @@ def merge(adapter: Path, out: Path, dtype: str = "bf16") -> MergeProof:
     try:
         adapted: Any = load_finished(str(adapter), torch.float32).eval()
     except (OSError, ValueError) as error:
-        what = f"the adapter on its base {base_name} cannot be loaded: {str(error).splitlines()[0]}"
+        what = f"the adapter on its base {base_name} cannot be loaded: {' '.join(str(error).split())}"
         cure = "Put it there, or correct base_model_name_or_path in adapter_config.json."
         raise ConfigError(Problem(str(adapter), what, cure)) from error
     generation = adapted.get_base_model().generation_config

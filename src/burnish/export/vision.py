@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from transformers.utils.hub import cached_file
 
 from burnish.config.schema import ModelConfig
+from burnish.hub import only_cached
 from burnish.model.load import load_model_config
 from burnish.model.vision import has_vision, kept_names, loader_of
 
@@ -39,7 +40,9 @@ def kept_weights(model: PreTrainedModel, source: ModelConfig) -> dict[str, torch
     config = load_model_config(source)
     place = Path(source.path).expanduser()
     path = str(place) if place.exists() else source.path
-    published: Any = loader_of(config).from_pretrained(path, revision=source.revision, dtype="auto")
+    published: Any = loader_of(config).from_pretrained(
+        path, revision=source.revision, dtype="auto", local_files_only=only_cached(path)
+    )
     return {name: p.detach() for name, p in published.named_parameters() if name in names}
 
 
@@ -54,6 +57,7 @@ def copy_processor(model: PreTrainedModel, source: ModelConfig, folder: Path) ->
             path,
             name,
             revision=source.revision,
+            local_files_only=only_cached(path),
             _raise_exceptions_for_gated_repo=False,
             _raise_exceptions_for_missing_entries=False,
             _raise_exceptions_for_connection_errors=False,

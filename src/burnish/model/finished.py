@@ -11,6 +11,7 @@ from peft import PeftModel
 from transformers import AutoConfig, GenerationConfig, PreTrainedModel
 from transformers.utils import GENERATION_CONFIG_NAME
 
+from burnish.hub import only_cached
 from burnish.model.vision import loader_of
 
 
@@ -47,5 +48,8 @@ def make_room(base: PreTrainedModel, adapter: dict[str, Any]) -> None:
 
 
 def _load_full(path: str, revision: str | None, dtype: torch.dtype | None) -> PreTrainedModel:
-    config = AutoConfig.from_pretrained(path, revision=revision)
-    return loader_of(config).from_pretrained(path, revision=revision, dtype=dtype or "auto")
+    offline = only_cached(path)
+    config = AutoConfig.from_pretrained(path, revision=revision, local_files_only=offline)
+    return loader_of(config).from_pretrained(
+        path, revision=revision, dtype=dtype or "auto", local_files_only=offline
+    )

@@ -14,6 +14,7 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from burnish.config.schema import ModelConfig
 from burnish.errors import ConfigError, MachineError, Problem
+from burnish.hub import not_loaded, only_cached
 from burnish.model.vision import architecture_of, freeze_vision, loader_of
 from burnish.model.vocabulary import grow
 from burnish.records import Vocabulary
@@ -86,17 +87,17 @@ def load_model_config(model: ModelConfig) -> Any:
     path = _place(model.path)
     try:
         config = AutoConfig.from_pretrained(
-            path, revision=model.revision, trust_remote_code=model.trust_remote_code
+            path,
+            revision=model.revision,
+            trust_remote_code=model.trust_remote_code,
+            local_files_only=only_cached(path),
         )
     except (OSError, ValueError, KeyError) as error:
-        raise ConfigError(
-            Problem(
-                "model.path",
-                f"{model.path} cannot be loaded: {_first_lines(error)}",
-                "Give a folder with config.json or a hub name; a new architecture may need a newer "
-                "transformers, or model.trust_remote_code: true.",
-            )
-        ) from error
+        cure = (
+            "Give a folder with config.json or a hub name; a new architecture may need a newer "
+            "transformers, or model.trust_remote_code: true."
+        )
+        raise ConfigError(not_loaded("model.path", model.path, "model", error, cure)) from error
     if config.is_encoder_decoder:
         what = f"{model.path} is an encoder-decoder model ({config.model_type})"
         raise ConfigError(Problem("model.path", what, "Burnish trains causal language models."))
@@ -186,15 +187,14 @@ def _pretrained(
             revision=model.revision,
             dtype=dtype,
             trust_remote_code=model.trust_remote_code,
+            local_files_only=only_cached(model.path),
             use_safetensors=True,
             ignore_mismatched_sizes=True,  # so that they come back by name instead of as a traceback
             output_loading_info=True,
             **arguments,
         )
     except OSError as error:
-        raise ConfigError(
-            Problem("model.path", f"{model.path} cannot be loaded: {_first_lines(error)}", "Check the path.")
-        ) from error
+        raise ConfigError(not_loaded("model.path", model.path, "model", error, "Check the path.")) from error
     except RuntimeError as error:
         # Under ZeRO-3 a shape that does not fit is raised in spite of the request above.
         if "size mismatch" not in str(error):

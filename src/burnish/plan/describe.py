@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from burnish.errors import counted
+
 if TYPE_CHECKING:
     from burnish.plan.build import Plan
 
@@ -71,11 +73,8 @@ def _machine_rows(plan: Plan) -> list[tuple[str, str]]:
         rows.append(("device", f"{plan.device.name}, {bytes_text(plan.device.memory_bytes)}: {verdict}"))
     if plan.seconds is not None and plan.device is not None:
         rows.append(("time", f"about {seconds_text(plan.seconds)} at {plan.device.mfu:.0%} of peak"))
-    saves = len(plan.checkpoint_steps)
-    disk = (
-        f"up to {bytes_text(plan.disk_bytes)}, {saves:,} checkpoints of {bytes_text(plan.checkpoint_bytes)}"
-    )
-    rows.append(("disk", disk))
+    saves = f"{counted(len(plan.checkpoint_steps), 'checkpoint')} of {bytes_text(plan.checkpoint_bytes)}"
+    rows.append(("disk", f"up to {bytes_text(plan.disk_bytes)}, {saves}"))
     if plan.fits is False and plan.suggestions:
         rows.append(("to fit", plan.suggestions[0]))
         rows += [("", line) for line in plan.suggestions[1:]]

@@ -75,10 +75,10 @@ def evaluate(
     )
 
 
-def _loss_entry(nll: float, weight: float, num_supervised_tokens: float) -> dict[str, float]:
+def _loss_entry(nll: float, weight: float, num_supervised_tokens: float) -> dict[str, float | int]:
     loss = float(nll / weight) if weight > 0 else float("nan")
     try:
         perplexity = math.exp(loss)
     except OverflowError:
         perplexity = float("inf")
-    return {"loss": loss, "perplexity": perplexity, "num_supervised_tokens": float(num_supervised_tokens)}
+    return {"loss": loss, "perplexity": perplexity, "num_supervised_tokens": int(num_supervised_tokens)}
