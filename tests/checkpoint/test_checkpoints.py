@@ -13,10 +13,11 @@ import torch
 
 from burnish.checkpoint import commit
 from burnish.checkpoint.commit import save_checkpoint
-from burnish.checkpoint.fingerprints import fingerprints
+from burnish.checkpoint.fingerprints import changed_settings, fingerprints
 from burnish.checkpoint.manifest import FOLDER, checkpoint_path, committed_paths, verify
 from burnish.checkpoint.resume import clear_the_way, find_checkpoint, load_checkpoint
 from burnish.checkpoint.retention import list_checkpoints, prune, prune_verified
+from burnish.config.load import dump_config
 from burnish.config.schema import Config, ResumableChange
 from burnish.engine.base import Engine, StepResult
 from burnish.engine.state_files import write_tensors
@@ -224,6 +225,25 @@ def test_every_change_that_can_be_allowed_is_a_fingerprint() -> None:
         {"model": {"path": "m"}, "data": {"train": "d.jsonl"}, "output_dir": "out"}
     )
     assert set(get_args(ResumableChange)) <= fingerprints(config, "tokens", "template", "hash").keys()
+
+
+def test_a_changed_rate_is_told(tmp_path: Path) -> None:
+    values = {"model": {"path": "m"}, "data": {"train": "d.jsonl"}, "output_dir": "out"}
+    before = Config.model_validate({**values, "optim": {"weight_decay": 0.1}, "schedule": {"name": "wsd"}})
+    changed = {"optim": {"betas": [0.9, 0.99]}, "train": {"epochs": 2, "seed": 1}}
+    now = Config.model_validate({**values, **changed})
+    path = save(tmp_path, 1)
+    assert "cannot be read" in changed_settings(path, now)[0]
+    (tmp_path / "config.yaml").write_text(dump_config(before))
+    assert changed_settings(path, before) == []
+    assert changed_settings(path, now) == [
+        "optim.betas: [0.9, 0.95] before, [0.9, 0.99] now",
+        "optim.weight_decay: 0.1 before, 0.0 now",
+        'schedule.name: "wsd" before, "cosine" now',
+        "train.epochs: 1.0 before, 2.0 now",
+    ]
+    (tmp_path / "config.yaml").write_text("optim: fast")
+    assert changed_settings(path, now) == []
 
 
 def test_prune_keeps_newest_best_and_protected(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from burnish.checkpoint.manifest import checkpoint_path, committed_paths
+from burnish.config.load import dump_config
 from burnish.errors import (
     CheckpointError,
     InterruptedRunError,
@@ -220,6 +221,16 @@ def test_a_new_run_leaves_an_earlier_ones_best(tmp_path: Path) -> None:
     assert (best / "step").read_text() == "2"
     assert (tmp_path / "best-1" / "step").read_text() == "6"  # its own, after it was resumed
     assert not (tmp_path / "best-2").exists()
+
+
+def test_who_goes_on_with_another_rate_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    saved = {"checkpoint.every_steps": 2, "checkpoint.resume": "auto"}
+    config = toy_config(tmp_path, {**saved, "train.max_steps": 2})
+    train(make_job(config, ALONE))
+    (tmp_path / "config.yaml").write_text(dump_config(config))
+    train(make_job(toy_config(tmp_path, {**saved, "optim.lr": 5e-5}), ALONE))
+    told = [message for message in caplog.messages if " before, " in message]
+    assert told == ["optim.lr: 0.01 before, 5e-05 now", "train.max_steps: 2 before, 6 now"]
 
 
 def test_who_starts_over_is_told_what_is_replaced(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

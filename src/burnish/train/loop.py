@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 from burnish.checkpoint.commit import save_checkpoint
+from burnish.checkpoint.fingerprints import changed_settings
 from burnish.checkpoint.manifest import checkpoint_path
 from burnish.checkpoint.resume import clear_the_way, find_checkpoint, load_checkpoint, package_versions
 from burnish.checkpoint.retention import prune
@@ -175,6 +176,8 @@ def _start_state(job: TrainJob, resumed_from: Path | None) -> TrainState:
             num_steps=job.windows.num_steps,
         )
         log.info("Resumed from %s at step %d of %d.", resumed_from, state.step, job.windows.num_steps)
+        for line in changed_settings(resumed_from, job.config) if job.ranks.is_main else ():
+            log.warning("%s", line)
         job.recorder.event({"kind": "resume", "step": state.step, "path": str(resumed_from)})
         return state
     # Ranks see different examples, so their dropout must differ too.
