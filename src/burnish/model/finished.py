@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoConfig, PreTrainedModel
 
+from burnish.durable import unreadable_files
 from burnish.model.vision import loader_of
 
 
@@ -22,7 +25,9 @@ def load_finished(path: str, dtype: torch.dtype | None = None) -> PreTrainedMode
 
     Raises:
         OSError, ValueError: As transformers has them, where something is not there or does not fit.
+        PermissionError: A file may not be read.
     """
+    _refuse_unreadable(path)
     file = Path(path) / "adapter_config.json"
     if not file.is_file():
         return _load_full(path, None, dtype)
@@ -42,6 +47,12 @@ def make_room(base: PreTrainedModel, adapter: dict[str, Any]) -> None:
         base.resize_token_embeddings(needed, mean_resizing=False)
 
 
+def _refuse_unreadable(path: str) -> None:
+    for file in unreadable_files(Path(path)) if Path(path).is_dir() else ():
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(file))
+
+
 def _load_full(path: str, revision: str | None, dtype: torch.dtype | None) -> PreTrainedModel:
+    _refuse_unreadable(path)
     config = AutoConfig.from_pretrained(path, revision=revision)
     return loader_of(config).from_pretrained(path, revision=revision, dtype=dtype or "auto")
