@@ -87,7 +87,7 @@ def check(*config: Flags, as_json: AsJson = False) -> None:
     _log_to_stderr()
     from burnish.preview import check_data
 
-    report, text = check_data(_load(config))
+    report, text = check_data(_load(config, to_write=True))
     _say(json.dumps(report, indent=2) if as_json else text)
 
 
@@ -164,7 +164,7 @@ def train(*config: Flags) -> None:
     from burnish.launch import launch, num_workers
     from burnish.runtime import ranks_from_environment
 
-    loaded = _load(config)
+    loaded = _load(config, to_write=True)
     count = num_workers(loaded.launch)
     if count > 1:
         sys.exit(launch(count, [sys.executable, "-m", "burnish", "train", *config]))
@@ -364,12 +364,17 @@ def main(argv: Sequence[str] | None = None) -> None:
         _fail("interrupted", 130)
 
 
-def _load(tokens: Sequence[str]) -> Config:
-    """The config of a command line: at most one file, first, then flags."""
+def _load(tokens: Sequence[str], to_write: bool = False) -> Config:
+    """The config of a command line: at most one file, first, then flags; `to_write` tries its output_dir."""
+    from burnish.config.check import require_output_dir
     from burnish.config.load import load_config
+    from burnish.runtime import ranks_from_environment
 
     file = Path(tokens[0]) if tokens and not tokens[0].startswith("-") else None
-    return load_config(file, tokens[1:] if file else tokens)
+    config = load_config(file, tokens[1:] if file else tokens)
+    if to_write and ranks_from_environment().is_main:
+        require_output_dir(config)
+    return config
 
 
 def _log_to_stderr() -> None:

@@ -130,7 +130,11 @@ def _load(config: Config, vocabulary: Vocabulary) -> Any:
     if (Path(config.model.path) / "adapter_config.json").is_file():
         from burnish.model.finished import load_finished
 
-        adapted: Any = load_finished(config.model.path, torch.float32)
+        try:
+            adapted: Any = load_finished(config.model.path, torch.float32)
+        except (OSError, ValueError) as error:
+            what = f"{config.model.path} cannot be loaded: {str(error).strip().splitlines()[0]}"
+            raise ConfigError(Problem("model.path", what, "Mend the folder, or its base's.")) from error
         return adapted.merge_and_unload()
     from burnish.model.load import load_model
 

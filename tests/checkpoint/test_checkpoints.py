@@ -13,10 +13,11 @@ import torch
 
 from burnish.checkpoint import commit
 from burnish.checkpoint.commit import save_checkpoint
-from burnish.checkpoint.fingerprints import fingerprints
+from burnish.checkpoint.fingerprints import changed_settings, fingerprints
 from burnish.checkpoint.manifest import FOLDER, checkpoint_path, committed_paths, verify
-from burnish.checkpoint.resume import find_checkpoint, load_checkpoint
+from burnish.checkpoint.resume import clear_the_way, find_checkpoint, load_checkpoint
 from burnish.checkpoint.retention import list_checkpoints, prune, prune_verified
+from burnish.config.load import dump_config
 from burnish.config.schema import Config, ResumableChange
 from burnish.engine.base import Engine, StepResult
 from burnish.engine.state_files import write_tensors
@@ -99,6 +100,13 @@ def test_saved_and_loaded(tmp_path: Path) -> None:
     assert torch.equal(drawn[1], again[1])
 
 
+def go_on(run_dir: Path, resume: str) -> Path | None:
+    """Choose a checkpoint and take its course."""
+    chosen = find_checkpoint(run_dir, resume, ALONE)
+    clear_the_way(run_dir, chosen, ALONE)
+    return chosen
+
+
 def flip_byte(path: Path) -> None:
     content = bytearray(path.read_bytes())
     content[0] ^= 1
@@ -129,7 +137,7 @@ def test_damage_is_found_and_the_one_before_is_taken(
     else:
         target.unlink()
     assert says in " ".join(verify(newest))
-    assert find_checkpoint(tmp_path, "auto", ALONE) == checkpoint_path(tmp_path, 1)
+    assert go_on(tmp_path, "auto") == checkpoint_path(tmp_path, 1)
     # The damaged one is kept, but where no later resume or prune mistakes it for the newest.
     assert [p.name for p in committed_paths(tmp_path)] == ["step-00000001"]
     assert (tmp_path / FOLDER / "set-aside" / "step-00000002").is_dir()
@@ -149,10 +157,10 @@ def test_never_a_silent_restart(tmp_path: Path) -> None:
 
 def test_resume_never_keeps_the_old_ones_out_of_the_way(tmp_path: Path) -> None:
     save(tmp_path, 3)
-    assert find_checkpoint(tmp_path, "never", ALONE) is None
+    assert go_on(tmp_path, "never") is None
     assert committed_paths(tmp_path) == []
     save(tmp_path, 3)
-    assert find_checkpoint(tmp_path, "never", ALONE) is None
+    assert go_on(tmp_path, "never") is None
     aside = sorted(p.name for p in (tmp_path / FOLDER / "set-aside").iterdir())
     assert aside == ["step-00000003", "step-00000003-2"]
 
@@ -161,8 +169,34 @@ def test_resume_from_a_path_gives_up_what_came_after(tmp_path: Path) -> None:
     for step in (1, 2, 3):
         save(tmp_path, step)
     chosen = checkpoint_path(tmp_path, 2)
-    assert find_checkpoint(tmp_path, str(chosen), ALONE) == chosen
+    assert go_on(tmp_path, str(chosen)) == chosen
     assert committed_paths(tmp_path) == [chosen, checkpoint_path(tmp_path, 1)]
+
+
+@pytest.mark.parametrize("resume", ["never", "elsewhere"])
+def test_an_earlier_runs_best_is_moved_by_a_run_that_does_not_go_on_from_it(
+    tmp_path: Path, resume: str
+) -> None:
+    run_dir, elsewhere = tmp_path / "run", save(tmp_path / "other", 2)
+    save(run_dir, 2, best=1)
+    (run_dir / "best").mkdir()
+    (run_dir / "best" / "whose").write_text("an earlier run's")
+    (run_dir / "best-1").mkdir()
+    for own in ("auto", str(checkpoint_path(run_dir, 2))):
+        go_on(run_dir, own)
+        assert (run_dir / "best").is_dir()
+    go_on(run_dir, "never" if resume == "never" else str(elsewhere))
+    assert not (run_dir / "best").exists()
+    assert (run_dir / "best-2" / "whose").read_text() == "an earlier run's"
+
+
+def test_a_run_that_ends_before_the_checkpoint_is_refused(tmp_path: Path) -> None:
+    path = save(tmp_path, 3)
+    engine = OneNumber()
+    with pytest.raises(CheckpointError, match=r"stands at step 3, but the run asked for .* ends at 2"):
+        load_checkpoint(path, engine, ALONE, {"data": "abc"}, num_steps=2)
+    assert engine.number == 0
+    assert load_checkpoint(path, engine, ALONE, {"data": "abc"}, num_steps=3).step == 3
 
 
 def test_other_run_is_refused_with_what_changed(tmp_path: Path) -> None:
@@ -191,6 +225,25 @@ def test_every_change_that_can_be_allowed_is_a_fingerprint() -> None:
         {"model": {"path": "m"}, "data": {"train": "d.jsonl"}, "output_dir": "out"}
     )
     assert set(get_args(ResumableChange)) <= fingerprints(config, "tokens", "template", "hash").keys()
+
+
+def test_a_changed_rate_is_told(tmp_path: Path) -> None:
+    values = {"model": {"path": "m"}, "data": {"train": "d.jsonl"}, "output_dir": "out"}
+    before = Config.model_validate({**values, "optim": {"weight_decay": 0.1}, "schedule": {"name": "wsd"}})
+    changed = {"optim": {"betas": [0.9, 0.99]}, "train": {"epochs": 2, "seed": 1}}
+    now = Config.model_validate({**values, **changed})
+    path = save(tmp_path, 1)
+    assert "cannot be read" in changed_settings(path, now)[0]
+    (tmp_path / "config.yaml").write_text(dump_config(before))
+    assert changed_settings(path, before) == []
+    assert changed_settings(path, now) == [
+        "optim.betas: [0.9, 0.95] before, [0.9, 0.99] now",
+        "optim.weight_decay: 0.1 before, 0.0 now",
+        'schedule.name: "wsd" before, "cosine" now',
+        "train.epochs: 1.0 before, 2.0 now",
+    ]
+    (tmp_path / "config.yaml").write_text("optim: fast")
+    assert changed_settings(path, now) == []
 
 
 def test_prune_keeps_newest_best_and_protected(tmp_path: Path) -> None:

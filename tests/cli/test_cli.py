@@ -251,10 +251,26 @@ def test_what_cannot_be_written_is_one_message_and_exit_code_4(capsys):
         ["launch", "slurm", "sft.yaml", "--out", "model"],
         ["report", "run", "--out", "file/page.html"],
         ["report", "run", "--out", "model"],
+        ["demo", "--out", "file/demo"],
+        ["demo", "--out", "file"],
     ):
         code, text = fails(capsys, *argv)
         assert (code, f"{argv[-1]}: cannot be written: " in text) == (4, True), text
     assert [path.name for path in Path().glob(".*")] == []  # no staged page is left
+
+
+@pytest.mark.parametrize("verb", ["check", "train"])
+def test_an_output_dir_that_cannot_be_made_is_said_before_anything_is_loaded(verb, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "burnish.data.prepare", None)  # whoever loads data fails otherwise
+    Path("file").write_text("")
+    Path("data.jsonl").write_text('{"text": "a"}\n')
+    Path("model").mkdir()
+    Path("model/config.json").write_text("{}")
+    Path("sft.yaml").write_text("{model: {path: model}, data: {train: data.jsonl}, output_dir: file/run}\n")
+    before = sorted(Path().rglob("*"))
+    code, text = fails(capsys, verb, "sft.yaml")
+    assert (code, text.startswith("burnish: output_dir: file/run cannot be written: Not a dir")) == (4, True)
+    assert sorted(Path().rglob("*")) == before
 
 
 @pytest.mark.parametrize("verb", ["train", "chat"])

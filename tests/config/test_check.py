@@ -191,6 +191,28 @@ def test_what_is_right_passes(flags):
     load_config(None, BASE + flags.split(" "))
 
 
+def test_a_file_of_the_model_that_may_not_be_read_is_said(monkeypatch):
+    Path("model/model.safetensors").write_text("")
+    may_read = lambda path, mode: Path(path).name != "model.safetensors"  # noqa: E731 - root may read all
+    monkeypatch.setattr("burnish.durable.os.access", may_read)
+    with pytest.raises(ConfigError) as caught:
+        load_config(None, [*BASE, "--model.path", "model"])
+    [problem] = caught.value.problems
+    assert str(problem).startswith("model.path: model/model.safetensors cannot be read: permission denied")
+
+
+def test_a_folder_that_may_not_be_looked_into_is_one_problem_among_others(monkeypatch):
+    def is_dir(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "is_dir", is_dir)
+    with pytest.raises(ConfigError) as caught:
+        load_config(None, [*BASE, "--data.max_tokens", "1"])
+    text = str(caught.value)
+    assert text.count("some/model: may not be looked at: permission denied") == 1
+    assert "data.max_tokens" in text
+
+
 def test_home_is_known_in_data_paths(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     Path("train").mkdir()

@@ -1,4 +1,4 @@
-"""What stands beside a result belongs to the same run."""
+"""An export touches its own folder only."""
 
 from __future__ import annotations
 
@@ -25,15 +25,13 @@ def state(best_eval_step: int | None) -> TrainState:
 
 @pytest.fixture
 def write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Exports a run's `final/` over another run's `best/`; what a file of weights holds is not the point."""
+    """Exports a run's `final/` beside a `best/`; what a file of weights holds is not the point."""
     (tmp_path / "best").mkdir()
-    (tmp_path / "best" / "whose").write_text("another run's")
 
     def export_final(*arguments: Any, pissa_start: Any) -> None:
-        assert (tmp_path / "best" / "whose").exists(), "nothing may move before the result is whole"
         if arguments[4] == "no disk":
             raise MachineError(Problem("final", "cannot be written"))
-        arguments[5].mkdir()
+        arguments[5].mkdir(exist_ok=True)
 
     monkeypatch.setattr(exporter_module, "export_final", export_final)
     config = Config.model_validate({"model": {"path": "m"}, "data": {"train": "d"}, "output_dir": "o"})
@@ -47,15 +45,10 @@ def write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     return run
 
 
-def test_another_runs_best_does_not_stand_beside_a_new_result(tmp_path: Path, write: Any) -> None:
-    (tmp_path / "best-1").mkdir()
-    write(None)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["best-1", "best-2", "final"]
-    assert (tmp_path / "best-2" / "whose").read_text() == "another run's"
-
-
-def test_a_runs_own_best_stays_and_so_does_any_beside_a_failure(tmp_path: Path, write: Any) -> None:
+def test_a_failure_changes_nothing_and_a_result_nothing_beside_it(tmp_path: Path, write: Any) -> None:
     with pytest.raises(MachineError):
         write(None, template="no disk")
-    write(2)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["best", "final"]
+    assert [path.name for path in tmp_path.iterdir()] == ["best"]
+    for best_eval_step in (None, 2):
+        write(best_eval_step)
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["best", "final"]

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from burnish.checkpoint.manifest import checkpoint_path, committed_paths
+from burnish.config.load import dump_config
 from burnish.errors import (
     CheckpointError,
     InterruptedRunError,
@@ -183,6 +184,53 @@ def test_a_refused_run_does_not_start(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError):
         train(other)
     assert started == [True]
+
+
+def test_a_shorter_run_changes_nothing_of_the_longer_one(tmp_path: Path) -> None:
+    """What would be exported is an older model than the one that is there."""
+    saved = {"checkpoint.every_steps": 2, "checkpoint.keep": 9}
+    train(make_job(toy_config(tmp_path, saved), ALONE))
+    before = committed_paths(tmp_path)
+    told: list[str] = []
+    for resume in ("auto", str(checkpoint_path(tmp_path, 4))):
+        shorter = make_job(toy_config(tmp_path, {"train.max_steps": 3, "checkpoint.resume": resume}), ALONE)
+        shorter = replace(
+            shorter,
+            on_start=lambda: told.append("start"),
+            export_final=lambda state: told.append("final"),
+        )
+        with pytest.raises(CheckpointError, match="ends at 3"):
+            train(shorter)
+        assert summary(shorter)["events"] == []  # the metrics are cut when a resume is told
+    assert (told, committed_paths(tmp_path)) == ([], before)
+
+
+def test_a_new_run_leaves_an_earlier_ones_best(tmp_path: Path) -> None:
+    """Its first best is the best of its own evaluations only."""
+    best = tmp_path / "best"
+
+    def export_best(state: TrainState) -> None:
+        best.mkdir(exist_ok=True)
+        (best / "step").write_text(str(state.step))
+
+    saved = {"checkpoint.every_steps": 3}
+    for resume, num_steps in (("auto", 4), ("auto", 6), ("never", 2)):
+        settings = {**saved, "checkpoint.resume": resume, "train.max_steps": num_steps}
+        job = make_job(toy_config(tmp_path, settings), ALONE, evaluate=True)
+        train(replace(job, export_best=export_best))
+    assert (best / "step").read_text() == "2"
+    assert (tmp_path / "best-1" / "step").read_text() == "6"  # its own, after it was resumed
+    assert not (tmp_path / "best-2").exists()
+
+
+def test_who_goes_on_with_another_rate_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    saved = {"checkpoint.every_steps": 2, "checkpoint.resume": "auto"}
+    config = toy_config(tmp_path, {**saved, "train.max_steps": 2})
+    train(make_job(config, ALONE))
+    (tmp_path / "config.yaml").write_text(dump_config(config))
+    train(make_job(toy_config(tmp_path, {**saved, "optim.lr": 5e-5}), ALONE))
+    told = [message for message in caplog.messages if " before, " in message]
+    assert told == ["optim.lr: 0.01 before, 5e-05 now", "train.max_steps: 2 before, 6 now"]
 
 
 def test_who_starts_over_is_told_what_is_replaced(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -1,21 +1,31 @@
-"""What a resumed run must share with the run it goes on from, by name and as readable as can be."""
+"""What a resumed run must share with the run it goes on from, by name and as readable as can be.
+
+What it need not share, but what decides how it learns, is told.
+"""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import xxhash
 
 from burnish.config.schema import Config
+from burnish.config.yaml_text import read_yaml
+from burnish.errors import ConfigError
+
+_TOLD_SECTIONS = ("optim", "schedule", "train")
+_REFUSED = ("optim.name", "train.seed")  # or told by who allows the change
 
 
 def fingerprints(config: Config, vocabulary: str, template: str | None, data_hash: str) -> Mapping[str, str]:
     """Everything that decides which examples a step sees, in which tokens, and what they train.
 
     What only changes how a step is computed (ranks, ZeRO stage, packing, budgets), how fast it learns
-    (rate, schedule, length of the run) or what is written is left out: a run may go on with another.
+    (rate, schedule, length of the run) or what is written is left out: a run may go on with another, and
+    `changed_settings` tells of it.
     Small values stand as they are, so that a refusal says what was and what is.
 
     Args:
@@ -44,3 +54,34 @@ def fingerprints(config: Config, vocabulary: str, template: str | None, data_has
         "optim.group_lr (parts)": sorted(config.optim.group_lr),
     }
     return {name: json.dumps(value) for name, value in values.items()}
+
+
+def changed_settings(checkpoint: Path, config: Config) -> list[str]:
+    """A line for each key of `optim`, `schedule` and `train` that a run may change as it goes on, and does.
+
+    Args:
+        checkpoint: Its folder, in a run's `checkpoints/`; what the run was is read from the `config.yaml`
+            that it left beside them.
+        config: The run now.
+    """
+    file = checkpoint.parent.parent / "config.yaml"
+    try:
+        before = read_yaml(file.read_text(encoding="utf-8"), str(file)).value
+    except (OSError, UnicodeDecodeError, ConfigError) as error:
+        return [f"Whether optim, schedule or train changed cannot be told: {file} cannot be read: {error}"]
+    was, now = _told(before), _told(config.model_dump(mode="json"))
+    # A key that the file does not have came with a newer version.
+    changed = [name for name in now if name in was and was[name] != now[name]]
+    return [f"{name}: {json.dumps(was[name])} before, {json.dumps(now[name])} now" for name in changed]
+
+
+def _told(tree: Any) -> dict[str, Any]:
+    """The values of the sections that are told, by dotted name; of what is no config, none."""
+    sections = {name: tree.get(name) for name in _TOLD_SECTIONS} if isinstance(tree, dict) else {}
+    return {
+        f"{name}.{key}": value
+        for name, section in sections.items()
+        if isinstance(section, dict)
+        for key, value in section.items()
+        if f"{name}.{key}" not in _REFUSED
+    }

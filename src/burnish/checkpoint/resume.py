@@ -22,9 +22,9 @@ from burnish.checkpoint.manifest import (
 )
 from burnish.config.schema import ResumableChange
 from burnish.engine.base import Engine
-from burnish.errors import CheckpointError, Problem, counted
+from burnish.errors import CheckpointError, Problem, counted, writing
 from burnish.records import TrainState
-from burnish.runtime import Ranks, gather_objects, log, restore_random_state, seed_everything
+from burnish.runtime import Ranks, barrier, gather_objects, log, restore_random_state, seed_everything
 
 SET_ASIDE = "set-aside"
 
@@ -34,9 +34,8 @@ _RECORDED_PACKAGES = ("burnish", "torch", "transformers", "deepspeed", "peft", "
 def find_checkpoint(run_dir: Path, resume: str, ranks: Ranks) -> Path | None:
     """The checkpoint to go on from, verified byte by byte, the same on every rank.
 
-    Candidates are tried from the newest on; each rejected one gets one line saying why. Whatever
-    is newer than the one chosen (damaged, or from a course of the run that is given up) is moved
-    to `checkpoints/set-aside/`, so that no later resume mistakes it for this run's newest.
+    Candidates are tried from the newest on; each rejected one gets one line saying why. Nothing is
+    moved: see `clear_the_way`.
 
     Args:
         run_dir: The run's folder.
@@ -60,8 +59,6 @@ def find_checkpoint(run_dir: Path, resume: str, ranks: Ranks) -> Path | None:
         log.warning("Rejected checkpoint %s: %s", path, "; ".join(problems[:3]))
     if chosen is None and (candidates or resume not in ("auto", "never")):
         raise _nothing_whole(run_dir, resume, len(candidates))
-    # Every rank has finished reading before rank 0 moves anything.
-    gather_objects(_set_aside_newer(run_dir, chosen) if ranks.is_main else None, ranks)
     return chosen
 
 
@@ -102,17 +99,52 @@ def _nothing_whole(run_dir: Path, resume: str, num_candidates: int) -> Checkpoin
     )
 
 
-def _set_aside_newer(run_dir: Path, chosen: Path | None) -> None:
-    """Move checkpoints of this run that are newer than the chosen one out of the way."""
-    first_step = -1 if chosen is None else step_of(chosen)
-    if first_step is None or (chosen is not None and chosen.resolve().parent != (run_dir / FOLDER).resolve()):
-        first_step = -1  # resumed from elsewhere: what lies here is another course
+def clear_the_way(run_dir: Path, chosen: Path | None, ranks: Ranks) -> None:
+    """Move aside what is not of the course that is taken now; every rank calls this, once it is certain.
+
+    Checkpoints newer than the chosen one (damaged, or of a course that is given up) go to
+    `checkpoints/set-aside/`, so that no later resume mistakes them for this run's newest. A run that does
+    not go on from this folder's checkpoints is another run: the `best/` it finds becomes `best-1/` (or the
+    next free number), as its own first best would take that place, however bad it is.
+
+    Args:
+        run_dir: The run's folder.
+        chosen: The checkpoint that the run goes on from; None from step 0.
+        ranks: This process among the others; rank 0 moves, the others wait.
+
+    Raises:
+        MachineError: Something cannot be moved.
+    """
+    if ranks.is_main:
+        # Resumed from elsewhere, what lies here is another course too.
+        is_here = chosen is not None and chosen.resolve().parent == (run_dir / FOLDER).resolve()
+        _set_aside_newer(run_dir, step_of(chosen) if chosen is not None and is_here else None)
+        if not is_here:
+            _set_best_aside(run_dir)
+    barrier(ranks)
+
+
+def _set_aside_newer(run_dir: Path, chosen_step: int | None) -> None:
     for path in committed_paths(run_dir):
-        if (step_of(path) or 0) > first_step:
-            target = _free_name(run_dir / FOLDER / SET_ASIDE / path.name)
+        if chosen_step is not None and (step_of(path) or 0) <= chosen_step:
+            continue
+        target = _free_name(run_dir / FOLDER / SET_ASIDE / path.name)
+        with writing(target):
             target.parent.mkdir(exist_ok=True)
             shutil.move(path, target)
-            log.warning("Moved %s to %s: this run goes on without it.", path, target)
+        log.warning("Moved %s to %s: this run goes on without it.", path, target)
+
+
+def _set_best_aside(run_dir: Path) -> None:
+    best = run_dir / "best"
+    if not best.is_dir():
+        return
+    number = 1
+    while (free := run_dir / f"best-{number}").exists():
+        number += 1
+    with writing(free):
+        best.rename(free)
+    log.warning("Moved %s to %s: an earlier run left it.", best, free)
 
 
 def _free_name(path: Path) -> Path:
@@ -130,6 +162,7 @@ def load_checkpoint(
     ranks: Ranks,
     fingerprints: Mapping[str, str],
     allowed_changes: Collection[str] = (),
+    num_steps: int | None = None,
 ) -> TrainState:
     """Restore engine and random state from a checkpoint that `find_checkpoint` verified.
 
@@ -139,15 +172,18 @@ def load_checkpoint(
         ranks: This process among the others.
         fingerprints: What the run is made from now, by name.
         allowed_changes: Names that may differ all the same.
+        num_steps: Of the run asked for now; None where it has no end.
 
     Returns:
         Where the run stood, with the fingerprints of now.
 
     Raises:
-        CheckpointError: A fingerprint differs, or the engine cannot take the state.
+        CheckpointError: A fingerprint differs, the run asked for ends before the checkpoint's step, or
+            the engine cannot take the state.
     """
     state = read_state(path)
     check_fingerprints(path, state.fingerprints, fingerprints, allowed_changes)
+    _check_length(path, state.step, num_steps)
     engine.load_state(path / ENGINE_FOLDER)
     _restore_random_state(state, ranks)
     fields = {**state.__dict__, "fingerprints": dict(fingerprints), "versions": package_versions()}
@@ -182,6 +218,18 @@ def check_fingerprints(
         "Undo the change, choose another output_dir, or start over with checkpoint.resume: never." + allow,
     )
     raise CheckpointError(head, *problems, heading="")
+
+
+def _check_length(path: Path, step: int, num_steps: int | None) -> None:
+    """Refuse a run that is over before it goes on: its result would be an older model than the run has."""
+    if num_steps is None or step <= num_steps:
+        return
+    what = f"stands at step {step}, but the run asked for (train.epochs, train.max_steps) ends at {num_steps}"
+    cure = (
+        "Ask for a run at least as long, choose another output_dir, name an older checkpoint "
+        "(checkpoint.resume: FOLDER), or start over with checkpoint.resume: never."
+    )
+    raise CheckpointError(Problem(str(path), what, cure))
 
 
 def _restore_random_state(state: TrainState, ranks: Ranks) -> None:

@@ -11,10 +11,12 @@ from pathlib import Path
 from burnish.config.raw_deepspeed import misspelt_settings, refused_settings
 from burnish.config.row_rules import misnamed_rules
 from burnish.config.schema import Config, SourceConfig
-from burnish.errors import ConfigError, Problem
+from burnish.durable import try_writing, unreadable_files
+from burnish.errors import ConfigError, MachineError, Problem
 
 DATA_SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".arrow", ".gz", ".zst", ".xz", ".bz2")
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+_CURE_READ = "Have its owner let you read it, or run as somebody who may."
 _GLOB = re.compile(r"[*?\[]")
 
 
@@ -24,16 +26,38 @@ def check_config(config: Config) -> list[Problem]:
     Looks at the file system (data, model folder, template, checkpoint), never at the network, and
     imports nothing heavy. What only the tokenizer, the rows or the device can tell comes later.
     """
-    return [
-        *_check_model(config),
-        *_check_sources(config),
-        *_check_data(config),
-        *_check_batch(config),
-        *_check_engine(config),
-        *_check_training(config),
-        *_check_run(config),
-        *_check_output(config),
-    ]
+    checks = (
+        _check_model,
+        _check_sources,
+        _check_data,
+        _check_batch,
+        _check_engine,
+        _check_training,
+        _check_run,
+        _check_output,
+    )
+    problems: list[Problem] = []
+    for check in checks:
+        try:
+            problems += check(config)
+        except PermissionError as error:
+            what = "may not be looked at: permission denied"
+            problems.append(Problem(str(error.filename), what, _CURE_READ))
+    return list(dict.fromkeys(problems))  # two checks may look at the same folder
+
+
+def require_output_dir(config: Config) -> None:
+    """Nothing, if `output_dir` can be written; found before hours of work, not after. It is left as it was.
+
+    Raises:
+        MachineError: It cannot be made, or not be written.
+    """
+    try:
+        try_writing(Path(config.output_dir))
+    except OSError as error:
+        what = f"{config.output_dir} cannot be written: {error.strerror or error}"
+        cure = "Choose another output_dir, or mend its permissions or the disk."
+        raise MachineError(Problem("output_dir", what, cure)) from error
 
 
 def _check_model(config: Config) -> Iterator[Problem]:
@@ -82,6 +106,8 @@ def _check_compile(config: Config) -> Iterator[Problem]:
 
 
 def _check_model_folder(folder: Path) -> Iterator[Problem]:
+    for path in unreadable_files(folder):
+        yield Problem("model.path", f"{path} cannot be read: permission denied", _CURE_READ)
     if (folder / "config.json").is_file():
         return
     if (folder / "adapter_config.json").is_file():
@@ -310,7 +336,7 @@ def _check_output(config: Config) -> Iterator[Problem]:
         yield Problem("output_dir", f"{text!r} is not a path", "Give a folder, for example runs/first.")
         return
     folder = Path(text).resolve()
-    if folder.exists() and not folder.is_dir():
+    if os.path.exists(folder) and not os.path.isdir(folder):  # noqa: PTH110, PTH112 - Path's may raise
         yield Problem("output_dir", f"{text} is a file", "Give a folder.")
     if folder in (Path(folder.anchor), Path.home().resolve(), Path.cwd().resolve()):
         cure = "Give the run a folder of its own, for example runs/first."

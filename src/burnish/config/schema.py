@@ -273,7 +273,7 @@ class CheckpointConfig(_Section):
     resume: str = "auto"
     """auto: from the newest whole one, if any; never; must; or a checkpoint's folder."""
     allow_changes: tuple[ResumableChange, ...] = ()
-    """What may differ from the run that a checkpoint is of; anything else that differs is refused."""
+    """What may differ from the run that a checkpoint is of, among what is refused (Checkpoints says what)."""
 
 
 class LogConfig(_Section):

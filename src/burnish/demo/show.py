@@ -13,7 +13,7 @@ from typing import Any
 from burnish.config.load import load_config
 from burnish.demo.blank import make_blank
 from burnish.demo.texts import Question, make_facts, make_questions, make_text
-from burnish.errors import ConfigError, Problem
+from burnish.errors import ConfigError, Problem, writing
 from burnish.metrics.lines import read_lines
 
 SEED = 0
@@ -39,6 +39,7 @@ def show(out: Path) -> DemoResult:
 
     Raises:
         ConfigError: `out` holds something else.
+        MachineError: `out` cannot be written.
     """
     import torch
 
@@ -66,12 +67,13 @@ def show(out: Path) -> DemoResult:
 
 
 def _make_room(out: Path) -> None:
-    if out.exists() and any(out.iterdir()) and not (out / _MARKER).exists():
-        raise ConfigError(Problem("--out", f"{out} holds something else", "Give an empty or new folder."))
-    for name in ("blank", "data", "base", "tuned"):
-        shutil.rmtree(out / name, ignore_errors=True)
-    out.mkdir(parents=True, exist_ok=True)
-    (out / _MARKER).touch()
+    with writing(out):
+        if out.exists() and any(out.iterdir()) and not (out / _MARKER).exists():
+            raise ConfigError(Problem("--out", f"{out} holds something else", "Give an empty or new folder."))
+        for name in ("blank", "data", "base", "tuned"):
+            shutil.rmtree(out / name, ignore_errors=True)
+        out.mkdir(parents=True, exist_ok=True)
+        (out / _MARKER).touch()
 
 
 def _write_data(out: Path) -> tuple[list[Question], list[Question]]:

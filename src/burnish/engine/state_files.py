@@ -10,6 +10,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from burnish.durable import give_usual_mode
 from burnish.errors import CheckpointError, Problem
 
 
@@ -80,6 +81,7 @@ def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
         seen.add(copied.data_ptr())
     try:
         save_file(on_cpu, path)
+        give_usual_mode([path])
     except SafetensorError as error:  # a full disk too; it is no OSError, which is what savers expect
         raise OSError(f"{path}: {error}") from error
 

@@ -53,9 +53,6 @@ class Exporter:
     def export(self, out: Path, state: TrainState) -> None:
         """Write the folder. Every rank calls this; it fails on all of them or on none.
 
-        Where no evaluation of this run was its best, a `best/` beside the folder is another run's: once
-        the folder is whole, it is moved to `best-1/` (or the next free number).
-
         Raises:
             MachineError: It cannot be written, or what was written is not what was trained.
         """
@@ -76,8 +73,6 @@ class Exporter:
                     pissa_start=self._initial,
                 )
                 log.info("Exported %s.", out)
-                if state.best_eval_step is None:
-                    _set_aside(out.with_name("best"))
             except BurnishError as error:
                 failure = error
         messages = [m for m in gather_objects(failure and str(failure), self._ranks) if m]
@@ -85,18 +80,3 @@ class Exporter:
             raise failure
         if messages:
             raise MachineError(messages[0])
-
-
-def _set_aside(stale: Path) -> None:
-    """Give a folder that another run left a name that is not taken for this run's."""
-    if not stale.is_dir():
-        return
-    number = 1
-    while (free := stale.with_name(f"{stale.name}-{number}")).exists():
-        number += 1
-    try:
-        stale.rename(free)
-    except OSError as error:  # the result is whole: no reason to end as a failure
-        log.warning("%s is of an earlier run, and cannot be moved: %s", stale, error)
-        return
-    log.warning("Moved %s to %s: an earlier run left it, this one had no best evaluation.", stale, free)

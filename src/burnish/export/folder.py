@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
-from burnish.durable import fsync_path
+from burnish.durable import fsync_path, give_usual_mode
 from burnish.errors import MachineError, Problem
 
 
@@ -30,6 +30,7 @@ def whole_folder(folder: Path) -> Iterator[Path]:
             shutil.rmtree(leftover, ignore_errors=True)
         staging.mkdir(parents=True)
         yield staging
+        give_usual_mode(staging.rglob("*.safetensors"))
         for path in (*staging.rglob("*"), staging):
             fsync_path(path)
         if folder.exists():

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ from peft import PeftModel
 from transformers import AutoConfig, GenerationConfig, PreTrainedModel
 from transformers.utils import GENERATION_CONFIG_NAME
 
+from burnish.durable import unreadable_files
 from burnish.hub import only_cached
 from burnish.model.vision import loader_of
 
@@ -24,7 +27,9 @@ def load_finished(path: str, dtype: torch.dtype | None = None) -> PreTrainedMode
 
     Raises:
         OSError, ValueError: As transformers has them, where something is not there or does not fit.
+        PermissionError: A file may not be read.
     """
+    _refuse_unreadable(path)
     file = Path(path) / "adapter_config.json"
     if not file.is_file():
         return _load_full(path, None, dtype)
@@ -47,7 +52,13 @@ def make_room(base: PreTrainedModel, adapter: dict[str, Any]) -> None:
         base.resize_token_embeddings(needed, mean_resizing=False)
 
 
+def _refuse_unreadable(path: str) -> None:
+    for file in unreadable_files(Path(path)) if Path(path).is_dir() else ():
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(file))
+
+
 def _load_full(path: str, revision: str | None, dtype: torch.dtype | None) -> PreTrainedModel:
+    _refuse_unreadable(path)
     offline = only_cached(path)
     config = AutoConfig.from_pretrained(path, revision=revision, local_files_only=offline)
     return loader_of(config).from_pretrained(

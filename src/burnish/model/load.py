@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from burnish.config.schema import ModelConfig
+from burnish.durable import unreadable_files
 from burnish.errors import ConfigError, MachineError, Problem
 from burnish.hub import not_loaded, only_cached
 from burnish.model.vision import architecture_of, freeze_vision, loader_of
@@ -154,6 +155,9 @@ def _fresh(config: Any, seed: int, dtype: torch.dtype, model: ModelConfig) -> Pr
 def _check_weight_files(path: str) -> None:
     """Weights are read from safetensors only: a pickle can run any code."""
     folder = Path(path).expanduser()
+    for file in unreadable_files(folder) if folder.is_dir() else ():
+        cure = "Have its owner let you read it, or run as somebody who may."
+        raise ConfigError(Problem("model.path", f"{file} cannot be read: permission denied", cure))
     if not folder.is_dir() or any(folder.glob("*.safetensors")):
         return
     pickles = sorted(p.name for p in (*folder.glob("*.bin"), *folder.glob("*.pt"), *folder.glob("*.pth")))

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 from burnish.checkpoint.commit import save_checkpoint
+from burnish.checkpoint.fingerprints import changed_settings
 from burnish.checkpoint.manifest import checkpoint_path
-from burnish.checkpoint.resume import find_checkpoint, load_checkpoint, package_versions
+from burnish.checkpoint.resume import clear_the_way, find_checkpoint, load_checkpoint, package_versions
 from burnish.checkpoint.retention import prune
 from burnish.config.schema import Config
 from burnish.data.store import ExampleStore
@@ -84,7 +85,8 @@ def train(job: TrainJob) -> TrainState:
         TrainingStoppedError: `train.max_skipped_steps` steps in a row had gradients that were not
             finite; a checkpoint from before the first of them was saved.
         MachineError: The result could not be exported; a checkpoint of the last step was saved.
-        CheckpointError: The checkpoint to resume from is damaged or belongs to another run.
+        CheckpointError: The checkpoint to resume from is damaged, belongs to another run, or is past the end
+            of this one.
     """
     timeout_seconds = job.config.launch.hang_timeout_seconds
     with StopRequest() as stop:
@@ -99,6 +101,7 @@ def _run(job: TrainJob, stop: StopRequest) -> tuple[TrainState, _Keeper]:
     """From the newest checkpoint, or from the beginning, to the last step."""
     resumed_from = find_checkpoint(job.run_dir, job.config.checkpoint.resume, job.ranks)
     state = _start_state(job, resumed_from)
+    clear_the_way(job.run_dir, resumed_from, job.ranks)
     if resumed_from is None and (job.run_dir / "final").exists() and job.ranks.is_main:
         log.warning("%s is of an earlier run; it is replaced when this one is done.", job.run_dir / "final")
     if job.on_start is not None:
@@ -170,8 +173,11 @@ def _start_state(job: TrainJob, resumed_from: Path | None) -> TrainState:
             job.ranks,
             job.fingerprints,
             allowed_changes=job.config.checkpoint.allow_changes,
+            num_steps=job.windows.num_steps,
         )
         log.info("Resumed from %s at step %d of %d.", resumed_from, state.step, job.windows.num_steps)
+        for line in changed_settings(resumed_from, job.config) if job.ranks.is_main else ():
+            log.warning("%s", line)
         job.recorder.event({"kind": "resume", "step": state.step, "path": str(resumed_from)})
         return state
     # Ranks see different examples, so their dropout must differ too.
