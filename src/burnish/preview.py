@@ -28,7 +28,8 @@ from burnish.plan import (
 
 HERE = PlanOptions()
 """This machine, as `train` would use it."""
-_UNITS = {"": 1, "gb": 10**9, "gib": 2**30, "g": 10**9}
+_UNITS = {"gb": 10**9, "gib": 2**30, "g": 10**9, "mb": 10**6, "mib": 2**20}
+_SIZE = re.compile(r"\s*(\d{1,9}(?:\.\d{1,9})?)\s*([a-zA-Z]*)\s*")
 
 
 def check_data(config: Config) -> tuple[dict[str, Any], str]:
@@ -170,12 +171,22 @@ def _device(options: PlanOptions) -> Device | None:
     known = find_device(text)
     if known is not None:
         return replace(known, mfu=options.mfu)
-    match = re.fullmatch(r"\s*([0-9.]+)\s*([a-zA-Z]*)\s*", text)
-    if match is None or match[2].lower() not in _UNITS:
-        names = ", ".join(device.name for device in DEVICES)
-        raise ConfigError(Problem("--gpu-memory", f"is {text!r}", f"Give 80GB, 24GiB, or one of {names}."))
-    num_bytes = int(float(match[1]) * _UNITS[match[2].lower()])
+    num_bytes = _num_bytes(text)
     # Time needs a speed too: take the known device whose memory is closest.
     like = min(DEVICES, key=lambda device: abs(device.memory_bytes - num_bytes))
     name = f"{text} (speed of {like.name})"
     return replace(like, name=name, memory_bytes=num_bytes, mfu=options.mfu)
+
+
+def _num_bytes(text: str) -> int:
+    """A size with its unit. A bare number is refused: nobody means bytes, and every other unit is a guess."""
+    match = _SIZE.fullmatch(text)
+    if match is not None and not match[2]:
+        number = match[1]
+        cure = f"Give it its unit: {number}GB or {number}GiB."
+        raise ConfigError(Problem("--gpu-memory", f"is {text!r}, a number without a unit", cure))
+    num_bytes = int(float(match[1]) * _UNITS.get(match[2].lower(), 0)) if match is not None else 0
+    if num_bytes == 0:
+        names = ", ".join(device.name for device in DEVICES)
+        raise ConfigError(Problem("--gpu-memory", f"is {text!r}", f"Give 80GB, 24GiB, or one of {names}."))
+    return num_bytes
