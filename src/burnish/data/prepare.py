@@ -301,7 +301,7 @@ def _assemble(config: Config, parts: Sequence[PreparedPart], stamped_date: str |
 
 
 def _tell_nothing_held_out(fraction: float, num_examples: int) -> None:
-    """A run without the evaluation that was asked for is worth a line: small runs are to work all the same."""
+    """A run without the evaluation that was asked for is told; small runs are to work all the same."""
     why = "there is only one training example"
     if num_examples > 1:
         why = f"all {num_examples:,} training examples come from equal rows"
