@@ -60,6 +60,7 @@ class Plan:
             "micro_batches_per_step": counts.micro_batches_total / counts.num_steps,
             "micro_batches_per_step_min": counts.micro_batches_min,
             "micro_batches_per_step_max": counts.micro_batches_max,
+            "num_counted_steps": counts.num_counted_steps or counts.num_steps,
             "num_micro_batches": counts.micro_batches_total,
             "least_micro_batches_share": counts.least_micro_batches_share,
             "max_micro_tokens": counts.max_micro_tokens,
