@@ -158,6 +158,22 @@ def test_adapter_targets_by_name() -> None:
     assert two == 32 * 16 * ((4096 + 4096) + (4096 + 1024))
 
 
+@pytest.mark.parametrize(
+    ("sections", "exact"),
+    [
+        ({}, True),
+        ({"adapter": {"targets": ["q_proj", "down_proj"]}}, True),
+        ({"adapter": {"targets": ["q_proj", "embed_tokens"]}}, False),
+        ({"adapter": {}, "model": {"path": "m", "freeze": ["lora_A"]}}, False),
+        ({"model": {"path": "m", "freeze": ["embed_tokens"]}}, True),
+        ({"model": {"path": "m", "freeze": ["wte"]}}, False),
+    ],
+)
+def test_what_is_trained_is_exact_only_where_every_name_is_known(sections, exact) -> None:
+    shape = ModelShape.from_config_json(LLAMA_8B)
+    assert make_plan(config(**sections), window_counts(), shape, 1).exact_params is exact
+
+
 def test_known_models() -> None:
     assert ModelShape.from_config_json(LLAMA_8B).num_params == 8_030_261_248
     qwen = {

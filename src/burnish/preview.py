@@ -10,7 +10,7 @@ from typing import Any
 
 from burnish.config.plan_options import PlanOptions
 from burnish.config.schema import Config
-from burnish.errors import ConfigError, Problem
+from burnish.errors import ConfigError, DataError, Problem
 from burnish.plan import (
     DEVICES,
     FAMILIES,
@@ -21,6 +21,7 @@ from burnish.plan import (
     find_device,
     make_plan,
     resolve_auto,
+    surely_apart,
     surely_packed,
     unshared,
     unsuited,
@@ -28,23 +29,32 @@ from burnish.plan import (
 
 HERE = PlanOptions()
 """This machine, as `train` would use it."""
-_UNITS = {"": 1, "gb": 10**9, "gib": 2**30, "g": 10**9}
+_UNITS = {"gb": 10**9, "gib": 2**30, "g": 10**9, "mb": 10**6, "mib": 2**20}
+_SIZE = re.compile(r"\s*(\d{1,9}(?:\.\d{1,9})?)\s*([a-zA-Z]*)\s*")
 
 
 def check_data(config: Config) -> tuple[dict[str, Any], str]:
     """Prepare all data and return its report, as a dictionary and as text.
 
     Raises:
-        DataError: What `train` would raise.
+        ConfigError, DataError: What `train` would raise, of model and data at once.
     """
     from burnish.data.prepare import prepare
     from burnish.data.report import describe
     from burnish.data.tokenizer import load_tokenizer
     from burnish.data.vocabulary import require_rows
+    from burnish.data.windows import plan_windows
 
     tokenizer, template = load_tokenizer(config.model, config.data)
-    data = prepare(config, tokenizer, template)
     shape = _grown_shape(config, tokenizer)
+    problems = _model_problems(config)
+    try:
+        data = prepare(config, tokenizer, template)
+    except DataError as error:
+        raise DataError(*error.problems, *problems) from error
+    if problems:
+        raise ConfigError(*problems)
+    plan_windows(data.train, config.data, config.batch, config.train, world_size=1, packed=True)
     require_rows(tokenizer, shape.vocab_size, (data.train, data.eval))
     return data.report, describe(data.report)
 
@@ -73,6 +83,7 @@ def plan_run(config: Config, options: PlanOptions = HERE) -> Plan:
     tokenizer, template = load_tokenizer(config.model, config.data)
     shape = _grown_shape(config, tokenizer)
     data = prepare(config, tokenizer, template)
+    _require_parts(config)
     on_gpus = device is not None or options.gpus is not None or num_gpus_here() > 0
     kind = "cuda" if on_gpus else "cpu"
     memory = device.memory_bytes if device is not None else _memory_here(on_gpus, world_size)
@@ -122,7 +133,7 @@ def _layout(config: Config) -> tuple[bool, str | None]:
     model_config = _model_config(config)
     problem = unsuited(model_config, config.data.max_tokens)
     packed = surely_packed(config, model_config)
-    if packed is not None:
+    if packed is not None and surely_apart(model_config):
         return packed, problem
     from burnish.model.foresee import foresee_capability
     from burnish.runtime import log, quieten_libraries
@@ -130,9 +141,50 @@ def _layout(config: Config) -> tuple[bool, str | None]:
     quieten_libraries()
     capability = foresee_capability(config)
     if capability is None:
-        log.warning("Planned as packed, which the model's own code may not allow: train tries it and says.")
-        return True, problem
+        if packed is None:
+            log.warning(
+                "Planned as packed, which the model's own code may not allow: train tries it and says."
+            )
+        return packed is None, problem
     return capability.packed, problem or (capability.unshared if capability.packed else None)
+
+
+def _model_problems(config: Config) -> list[Problem]:
+    """What `train` will say is wrong between the config and the model, found without weights.
+
+    For the usual families config.json is enough, unless the config names parts of the model.
+    """
+    problems: list[Problem] = []
+    for look in (_require_positions, _require_parts):
+        try:
+            look(config)
+        except ConfigError as error:
+            problems += error.problems
+    return problems
+
+
+def _require_positions(config: Config) -> None:
+    """Refuse documents that may be longer than the model has positions for, as `train` will."""
+    if surely_apart(_model_config(config)):
+        return
+    from burnish.model.foresee import foresee_capability
+    from burnish.runtime import quieten_libraries
+
+    quieten_libraries()
+    foresee_capability(config)
+
+
+def _require_parts(config: Config) -> None:
+    """Refuse names of parts that the model does not have, as `train` will."""
+    adapter = config.adapter
+    of_usual = adapter is None or (adapter.targets == "all-linear" and surely_apart(_model_config(config)))
+    if of_usual and not config.model.freeze:
+        return
+    from burnish.model.foresee import require_parts
+    from burnish.runtime import quieten_libraries
+
+    quieten_libraries()
+    require_parts(config)
 
 
 def _model_config(config: Config) -> dict[str, Any]:
@@ -171,12 +223,22 @@ def _device(options: PlanOptions) -> Device | None:
     known = find_device(text)
     if known is not None:
         return replace(known, mfu=options.mfu)
-    match = re.fullmatch(r"\s*([0-9.]+)\s*([a-zA-Z]*)\s*", text)
-    if match is None or match[2].lower() not in _UNITS:
-        names = ", ".join(device.name for device in DEVICES)
-        raise ConfigError(Problem("--gpu-memory", f"is {text!r}", f"Give 80GB, 24GiB, or one of {names}."))
-    num_bytes = int(float(match[1]) * _UNITS[match[2].lower()])
+    num_bytes = _num_bytes(text)
     # Time needs a speed too: take the known device whose memory is closest.
     like = min(DEVICES, key=lambda device: abs(device.memory_bytes - num_bytes))
     name = f"{text} (speed of {like.name})"
     return replace(like, name=name, memory_bytes=num_bytes, mfu=options.mfu)
+
+
+def _num_bytes(text: str) -> int:
+    """A size with its unit. A bare number is refused: nobody means bytes, and every other unit is a guess."""
+    match = _SIZE.fullmatch(text)
+    if match is not None and not match[2]:
+        number = match[1]
+        cure = f"Give it its unit: {number}GB or {number}GiB."
+        raise ConfigError(Problem("--gpu-memory", f"is {text!r}, a number without a unit", cure))
+    num_bytes = int(float(match[1]) * _UNITS.get(match[2].lower(), 0)) if match is not None else 0
+    if num_bytes == 0:
+        names = ", ".join(device.name for device in DEVICES)
+        raise ConfigError(Problem("--gpu-memory", f"is {text!r}", f"Give 80GB, 24GiB, or one of {names}."))
+    return num_bytes

@@ -11,7 +11,10 @@ from pathlib import Path
 import pytest
 
 import burnish
+from burnish import preview
 from burnish.cli import main
+from burnish.config.plan_options import PlanOptions
+from burnish.errors import ConfigError
 from cluster.tiny_job import write_tiny_job
 
 VERBS = [
@@ -325,6 +328,34 @@ def test_a_plan_for_no_gpus_is_refused(flags, option, capsys):
     config = ["--model.path", "some/model", "--data.train", "data.jsonl", "--output_dir", "run"]
     code, text = fails(capsys, "plan", *config, *flags)
     assert (code, text.startswith(f"burnish: {option}: is ")) == (2, True), text
+
+
+@pytest.mark.parametrize("size", ["80", " 80 ", "1.5"])
+def test_a_gpu_s_memory_needs_a_unit(size):
+    number = size.strip()
+    with pytest.raises(ConfigError, match=f"{number}GB or {number}GiB"):
+        preview._device(PlanOptions(gpu_memory=size))
+
+
+@pytest.mark.parametrize(
+    ("size", "num_bytes"),
+    [
+        ("80GB", 80 * 10**9),
+        ("24 gib", 24 * 2**30),
+        ("10MB", 10**7),
+        ("512MiB", 2**29),
+        ("1.5g", 1_500_000_000),
+    ],
+)
+def test_a_gpu_s_memory_is_read_with_its_unit(size, num_bytes):
+    device = preview._device(PlanOptions(gpu_memory=size))
+    assert device is not None and device.memory_bytes == num_bytes
+
+
+@pytest.mark.parametrize("size", ["", "0GB", "1.2.3GB", "GB", "80XB", "-80GB", f"{10**400}GB"])
+def test_a_gpu_s_memory_that_is_none_is_refused(size):
+    with pytest.raises(ConfigError, match="80GB, 24GiB, or one of"):
+        preview._device(PlanOptions(gpu_memory=size))
 
 
 def test_a_template_that_refuses_a_system_message_is_said_with_a_cure():

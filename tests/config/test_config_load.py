@@ -229,6 +229,26 @@ def test_every_key_is_documented_and_the_set_is_frozen():
     assert keys == frozen, "a key was added or removed: change tests/config/keys.txt on purpose"
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "most"),
+    [
+        ("data.max_tokens", "99999999999999999999", "at most 10^9"),
+        ("batch.micro_tokens", "1000000001", "at most 10^9"),
+        ("train.max_steps", "99999999999999999999999999", "at most 10^9"),
+        ("train.epochs", "1e6", "at most 100,000"),
+        ("train.seed", "1000000000000000000000", "from 0 to 10^18"),
+    ],
+)
+def test_numbers_that_no_machine_holds_are_errors_of_their_key(key, value, most):
+    assert most in problems(MINIMAL, f"--{key}", value)[key]
+
+
+def test_every_whole_number_has_a_bound():
+    keys = [key for key in all_keys() if key.takes.startswith("a whole number")]
+    assert len(keys) > 10
+    assert all("at most" in key.takes or " to " in key.takes for key in keys), keys
+
+
 def test_the_schema_takes_the_short_forms():
     train = config_schema()["$defs"]["DataConfig"]["properties"]["train"]
     assert {"type": "string"} in train["anyOf"]

@@ -176,6 +176,37 @@ def test_what_is_lost_is_counted_in_tokens(tmp_path):
     assert lost["tokens_dropped"] == answer + len(TOKENIZER("Hi")["input_ids"])
 
 
+@pytest.mark.parametrize(
+    ("bad", "rule", "tokens", "supervised"),
+    [
+        ({"input_ids": [5, 6, 999_999], "labels": [-100, -100, 999_999]}, "token_out_of_range", 3, 1),
+        ({"input_ids": [5, 999_999], "labels": None}, "token_out_of_range", 2, 1),
+        ({"input_ids": [5, 6, 7, 8], "labels": [-100, -100, 7]}, "bad_tokens", 4, 2),
+        ({"input_ids": [5, 6], "labels": [6, -100]}, "bad_tokens", 2, 0),
+        ({"input_ids": "[5, 6, 7", "labels": [5]}, "bad_tokens", 0, 0),
+        ({"input_ids": "[5, -6, 7]", "labels": [5, 6, 7]}, "bad_tokens", 3, 2),
+        ({"input_ids": 5, "labels": [5]}, "bad_tokens", 0, 0),
+    ],
+)
+def test_lost_ready_made_tokens_are_counted(tmp_path, bad, rule, tokens, supervised):
+    good = {"input_ids": [5, 6, 7], "labels": [-100, 6, 7]}
+    report = run(tmp_path, good, bad, num_good=0, bad_rows="drop", max_bad_fraction=1.0).report
+    entry = report["sources"][0]["dropped"][rule]
+    assert (entry["rows"], entry["tokens"], entry["supervised_tokens"]) == (1, tokens, supervised)
+    assert report["totals"]["tokens_lost"] == tokens
+
+
+def test_what_is_lost_is_what_was_dropped_and_what_was_cut_off(tmp_path):
+    report = run(tmp_path, said("a b c d", ""), said("word " * 900), bad_rows="drop").report
+    totals = report["totals"]
+    assert totals["tokens_cut"] > 300 and totals["tokens_dropped"] > 0
+    assert totals["tokens_lost"] == totals["tokens_cut"] + totals["tokens_dropped"]
+    assert totals["supervised_tokens_lost"] >= totals["supervised_tokens_cut"] > 300
+    assert f"{totals['tokens_lost']:,} tokens" in describe(report).split("lost   ")[1]
+    only_cut = run(tmp_path, said("word " * 900)).report
+    assert f"{only_cut['totals']['tokens_cut']:,} cut off" in describe(only_cut)
+
+
 def test_truncated_answers_are_counted(tmp_path):
     source = run(tmp_path, said("word " * 900)).report["sources"][0]
     assert source["truncated_examples"] == source["truncated_answers"] == 1

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from burnish.config.schema import BatchConfig, DataConfig, TrainConfig
 from burnish.data.count import count_windows
 from burnish.data.windows import plan_windows
+from burnish.errors import ConfigError
 
 
 def counts(num: int, seed: int = 0, longest: int = 2048) -> Counts:
@@ -117,3 +118,53 @@ assert peak < 2**20
 assert planned.num_examples == 10_000_000 and planned.least_micro_batches_share > 0.99
 """
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize("mix", ["concat", "weighted"])
+def test_very_many_epochs_are_counted_on_the_first(mix, monkeypatch) -> None:
+    arrays = counts(50, 1, longest=300)
+    sources = (
+        [{"path": "a", "weight": 0.3}, {"path": "b", "weight": 0.5}] if mix == "weighted" else ["a", "b"]
+    )
+    data = DataConfig.model_validate({"train": sources, "mix": mix})
+    plan = plan_windows(arrays, data, BatchConfig(global_examples=7), TrainConfig(epochs=200.5), 2, True)
+    exact = count_windows(plan, arrays)
+    assert exact.num_counted_steps is None
+    monkeypatch.setattr("burnish.data.count._COUNTED_EXAMPLES", 100 * 50)
+    scaled = count_windows(plan, arrays)
+    assert scaled.num_counted_steps == 100 * plan.steps_per_epoch
+    assert (scaled.num_steps, scaled.num_examples) == (exact.num_steps, exact.num_examples)
+    assert sum(scaled.examples_per_source.values()) == exact.num_examples
+    for name in ("num_tokens", "num_supervised_tokens", "micro_batches_total", "sum_squared_tokens"):
+        assert getattr(scaled, name) == pytest.approx(getattr(exact, name), rel=0.01)
+    whole = plan_windows(arrays, data, BatchConfig(global_examples=7), TrainConfig(epochs=200), 2, True)
+    if mix == "concat":
+        assert count_windows(whole, arrays).num_tokens == 200 * arrays.num_tokens.sum()
+
+
+@pytest.mark.parametrize(
+    ("whole", "train"),
+    [
+        ({"global_examples": 16}, {"epochs": 30_000}),
+        ({"global_tokens": 2000}, {"epochs": 20_000}),
+        ({"global_examples": 16}, {"max_steps": 10**9}),
+    ],
+)
+def test_absurdly_long_runs_are_answered_in_seconds(whole, train) -> None:
+    arrays = counts(100)
+    data, batch = DataConfig.model_validate({"train": ["a", "b"]}), BatchConfig.model_validate(whole)
+    started = time.process_time()
+    try:
+        plan = plan_windows(arrays, data, batch, TrainConfig.model_validate(train), 1, True)
+        assert count_windows(plan, arrays).num_steps == plan.num_steps
+    except ConfigError as error:
+        assert train == {"max_steps": 10**9}
+        assert "train.max_steps: is 1,000,000,000: more than 100,000 passes over the 100" in str(error)
+    assert time.process_time() - started < 30
+
+
+def test_more_steps_than_anybody_takes_are_refused() -> None:
+    arrays = counts(2000)
+    data, batch = DataConfig.model_validate({"train": ["a", "b"]}), BatchConfig(global_examples=1)
+    with pytest.raises(ConfigError, match=r"train.epochs: is 60,000(\.0)?: more than 100,000,000 steps"):
+        plan_windows(arrays, data, batch, TrainConfig(epochs=60_000), 1, True)

@@ -226,6 +226,17 @@ def test_something_is_held_out_and_something_is_left():
         assert 0 < held_out.sum() < 4
 
 
+@pytest.mark.parametrize(
+    ("values", "why"), [(rows(1), "only one training example"), (rows(1) * 5, "all 5 training examples")]
+)
+def test_nothing_to_hold_out_is_told_and_the_run_goes_on(tmp_path, caplog, values, why):
+    prepared = run(tmp_path, write(tmp_path / "a.jsonl", values), eval_fraction=0.5)
+    assert prepared.eval is None and len(prepared.train) == len(values)
+    told = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert len(told) == 1 and told[0].startswith("data.eval_fraction: is 0.5") and why in told[0]
+    assert "Give data.eval" in told[0]
+
+
 def test_evaluation_sources_and_held_out_rows_are_evaluated_together(tmp_path):
     train = write(tmp_path / "a.jsonl", rows(20))
     own = write(tmp_path / "b.jsonl", rows(5, "other"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import functools
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -241,7 +242,7 @@ def _describe_one(form: Mapping[str, Any]) -> str:
 def _bounds(form: Mapping[str, Any]) -> str:
     low, high = form.get("minimum"), form.get("maximum")
     if low is not None and high is not None:
-        return f" from {low:g} to {high:g}"
+        return f" from {low:g} to {_number(high)}"
     parts = []
     if "exclusiveMinimum" in form:
         parts.append(f"above {form['exclusiveMinimum']:g}")
@@ -249,4 +250,12 @@ def _bounds(form: Mapping[str, Any]) -> str:
         parts.append(f"of at least {low:g}")
     if "exclusiveMaximum" in form:
         parts.append(f"below {form['exclusiveMaximum']:g}")
+    if high is not None:
+        parts.append(f"at most {_number(high)}")
     return (" " + " and ".join(parts)) if parts else ""
+
+
+def _number(value: int | float) -> str:
+    """A bound as people write it: 1, 100,000, 10^9."""
+    digits = f"{value:,}" if isinstance(value, int) else f"{value:g}"
+    return digits if len(digits) < 10 else f"10^{round(math.log10(value))}"

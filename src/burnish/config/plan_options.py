@@ -12,6 +12,6 @@ class PlanOptions:
     gpus: int | None = None
     """How many GPUs to plan for; as many as `train` would use here unless given."""
     gpu_memory: str | None = None
-    """Memory of each, `80GB` or `24GiB`; or a name, `H100`."""
+    """Memory of each with its unit (GB, GiB, MB or MiB), `80GB` or `24GiB`; or a name, `H100`."""
     mfu: float = 0.4
     """Share of a GPU's peak that useful FLOPs reach, for the time."""

@@ -11,8 +11,11 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 Auto = Literal["auto"]
-PositiveInt = Annotated[int, Field(gt=0)]
+# Sizes and counts stay far inside what arrays hold: a slip of the keyboard is an error of its key.
+PositiveInt = Annotated[int, Field(gt=0, le=10**9)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+MAX_EPOCHS = 100_000
+"""Passes over the data that are planned, one by one, before anything runs."""
 
 
 class _Section(BaseModel):
@@ -185,11 +188,11 @@ class ScheduleConfig(_Section):
 class TrainConfig(_Section):
     """How long, from which seed, and what is learned besides the plain loss (which is what is logged)."""
 
-    epochs: Annotated[float, Field(gt=0)] = 1
+    epochs: Annotated[float, Field(gt=0, le=MAX_EPOCHS)] = 1
     """Passes over the data; a fraction is allowed."""
     max_steps: PositiveInt | None = None
     """Train for exactly this many optimizer steps, whatever epochs says; the schedule is planned for them."""
-    seed: Annotated[int, Field(ge=0)] = 42
+    seed: Annotated[int, Field(ge=0, le=10**18)] = 42
     """Of the order of the examples, fresh weights and dropout."""
     max_skipped_steps: PositiveInt = 3
     """Stop (exit code 5) when this many steps in a row had gradients that are not finite."""

@@ -27,8 +27,8 @@ from burnish.errors import MachineError, Problem
 
 log = logging.getLogger("burnish")
 
-FORMAT_VERSION = 3
-"""Part of every key. Raise it when the same input is to give other examples or another layout."""
+FORMAT_VERSION = 4
+"""Part of every key. Raise it when the same input is to give other examples, counts or another layout."""
 SUMMARY_FILE = "summary.json"
 UNUSED_SECONDS = 30 * 24 * 3600
 """A part that no run has looked at for so long is cleared away: it can be prepared again."""

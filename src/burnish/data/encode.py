@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, final
@@ -11,7 +12,7 @@ import xxhash
 from tokenizers import Tokenizer
 
 from burnish.config.row_rules import Policy
-from burnish.data.format import RowFormat, to_conversation
+from burnish.data.format import IGNORED_LABEL, RowFormat, to_conversation
 from burnish.data.mask import Encoded, Encoder
 from burnish.data.messages import ROLES
 from burnish.data.problems import RowProblem
@@ -134,6 +135,8 @@ class BatchEncoder:
     def _lost(self, row: Row, problem: RowProblem, encoded: Encoded | None = None) -> Finding:
         if encoded is not None and encoded.num_tokens_cut:
             num_tokens, num_supervised = encoded.num_tokens_cut, encoded.num_supervised_cut
+        elif "input_ids" in self._fmt.columns:
+            num_tokens, num_supervised = _given_tokens(row.value or {}, self._fmt)
         else:
             num_tokens = num_supervised = 0
             for text, is_answer in _texts(row.value or {}, self._fmt):
@@ -145,6 +148,30 @@ class BatchEncoder:
     def _count(self, text: str) -> int:
         clean = text.encode("utf-8", errors="replace").decode("utf-8")
         return len(self._backend.encode(clean, add_special_tokens=False).ids)
+
+
+def _given_tokens(value: Mapping[str, Any], fmt: RowFormat) -> tuple[int, int]:
+    """Tokens of a row of ready-made ones that cannot be used, and those of them that would have been trained
+    on: all targets but those that labels, mask or weights leave out, as far as these can be read."""
+    cells = {ours: _list_in(value.get(theirs)) for ours, theirs in fmt.columns.items()}
+    num_tokens = len(cells.pop("input_ids"))
+    untrained = {
+        place
+        for ours, marks in cells.items()
+        for place, mark in enumerate(marks)
+        if mark == (IGNORED_LABEL if ours == "labels" else 0)
+    }
+    return num_tokens, sum(place not in untrained for place in range(1, num_tokens))
+
+
+def _list_in(cell: Any) -> list[Any]:
+    """The list that a cell is, or that its JSON text holds; none where it is something else."""
+    if isinstance(cell, str):
+        try:
+            cell = json.loads(cell)
+        except (ValueError, RecursionError):
+            return []
+    return cell if isinstance(cell, list) else []
 
 
 def _texts(value: Mapping[str, Any], fmt: RowFormat) -> Iterator[tuple[str, bool]]:

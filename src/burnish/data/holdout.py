@@ -22,11 +22,14 @@ def split_off(store: ExampleStore, fraction: float, seed: int) -> tuple[ExampleS
         seed: Of the choice.
 
     Returns:
-        Training examples and held-out ones (None where nothing is held out), both in order.
+        Training examples and held-out ones (None where nothing is held out, because all rows are equal or
+        there is only one), both in order.
     """
     if fraction == 0.0 or len(store) < 2:
         return store, None
     held_out = held_out_examples(store.row_hashes, max(1, round(fraction * len(store))), seed)
+    if not held_out.any():
+        return store, None
     return (
         store.subset(np.flatnonzero(~held_out).astype(np.int64), keep_empty=True),
         store.subset(np.flatnonzero(held_out).astype(np.int64), keep_empty=False),

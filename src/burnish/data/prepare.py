@@ -284,6 +284,8 @@ def _assemble(config: Config, parts: Sequence[PreparedPart], stamped_date: str |
     train = ExampleStore(opened[:num_train], names[:num_train])
     own = ExampleStore(opened[num_train:], names[num_train:]) if parts[num_train:] else None
     train, held_out = split_off(train, config.data.eval_fraction, config.train.seed)
+    if held_out is None and config.data.eval_fraction > 0:
+        _tell_nothing_held_out(config.data.eval_fraction, len(train))
     evaluation = ExampleStore.joined([store for store in (held_out, own) if store is not None])
     # Of `data.eval` nothing: a run may go on with other rows to evaluate on.
     fingerprint = digest_of(
@@ -297,6 +299,19 @@ def _assemble(config: Config, parts: Sequence[PreparedPart], stamped_date: str |
         "fingerprint": fingerprint,
     }
     return PreparedData(train, evaluation, report, fingerprint)
+
+
+def _tell_nothing_held_out(fraction: float, num_examples: int) -> None:
+    """A run without the evaluation that was asked for is told; small runs are to work all the same."""
+    why = "there is only one training example"
+    if num_examples > 1:
+        why = f"all {num_examples:,} training examples come from equal rows"
+    log.warning(
+        "data.eval_fraction: is %g, but %s: none is held out, and nothing is evaluated. Give data.eval, or "
+        "more rows that differ.",
+        fraction,
+        why,
+    )
 
 
 def _nothing_left(part: PreparedPart) -> Problem:

@@ -65,6 +65,8 @@ def build_report(
     lost = [entry for source in described for entry in source["dropped"].values()]
     totals["tokens_dropped"] = sum(entry["tokens"] for entry in lost)
     totals["supervised_tokens_dropped"] = sum(entry["supervised_tokens"] for entry in lost)
+    for key in ("tokens", "supervised_tokens"):
+        totals[f"{key}_lost"] = totals[f"{key}_dropped"] + totals[f"{key}_cut"]
     totals["rows_fixed"] = sum(e["rows"] for source in described for e in source["fixed"].values())
     return {
         "version": REPORT_VERSION,
@@ -229,12 +231,7 @@ def _describe_whole(report: Mapping[str, Any]) -> list[str]:
         lines += _describe_packing(report["packing"])
     if report.get("stamped_date"):
         lines.append(f"date   the template stamps {report['stamped_date']}, now and when the run is resumed")
-    totals = report["totals"]
-    if totals["rows_dropped"]:
-        lines.append(
-            f"lost   {totals['rows_dropped']:,} of {totals['rows']:,} rows, "
-            f"{totals['tokens_dropped']:,} tokens, {totals['supervised_tokens_dropped']:,} supervised"
-        )
+    lines += _describe_lost(report["totals"])
     for key, text in (
         ("duplicate_rows", "training rows equal an earlier one"),
         ("eval_rows_in_training", "evaluation rows are in the training data"),
@@ -244,6 +241,17 @@ def _describe_whole(report: Mapping[str, Any]) -> list[str]:
             lines.append(f"note   {found['rows']:,} {text}:")
             lines += [f"    {pair['place']} = {pair['same_as']}" for pair in found["places"]]
     return lines
+
+
+def _describe_lost(totals: Mapping[str, Any]) -> list[str]:
+    """Every token of the data that is not trained on: of dropped rows, and of examples cut short."""
+    if not totals["rows_dropped"] and not totals["tokens_lost"]:
+        return []
+    origin = f": {totals['tokens_dropped']:,} of dropped rows, {totals['tokens_cut']:,} cut off"
+    return [
+        f"lost   {totals['rows_dropped']:,} of {totals['rows']:,} rows; {totals['tokens_lost']:,} tokens, "
+        f"{totals['supervised_tokens_lost']:,} supervised{origin if totals['tokens_cut'] else ''}"
+    ]
 
 
 def _describe_packing(packing: Mapping[str, Any]) -> list[str]:

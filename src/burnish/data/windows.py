@@ -15,13 +15,18 @@ from typing import Protocol, final, runtime_checkable
 import numpy as np
 from jaxtyping import Float64, Int32, Int64
 
-from burnish.config.schema import BatchConfig, DataConfig, TrainConfig
+from burnish.config.schema import MAX_EPOCHS, BatchConfig, DataConfig, TrainConfig
 from burnish.data.pack import Cuts, check_lengths, pack_window
 from burnish.data.prefixes import Prefixes
 from burnish.data.shared_packing import SharedCuts, pack_alike
-from burnish.errors import DataError, Problem
+from burnish.errors import ConfigError, DataError, Problem
 from burnish.plan import DEFAULT_GLOBAL_EXAMPLES, DEFAULT_MICRO_TOKENS, CostModel, MicroBudget
 from burnish.records import Window
+
+_MAX_STEPS = 10**8
+"""Of one run: at a millisecond each more than a day, in truth years."""
+_SORTED_EXAMPLES = 1 << 25
+"""Put in order for planning, over all epochs: seconds."""
 
 
 @runtime_checkable
@@ -124,6 +129,8 @@ class WindowPlan:
         """Of each epoch: steps before it."""
         planned = int(steps[-1])
         self.num_steps = min(planned, train.max_steps or planned)
+        if self.num_steps > _MAX_STEPS:
+            raise _too_long(train, f"more than {_MAX_STEPS:,} steps")
         self.steps_per_epoch = len(self._starts[0]) - 1
 
     def window(self, step: int) -> Window:
@@ -199,6 +206,12 @@ class WindowPlan:
         """Epochs begun, a partial one included."""
         return self._locate(self.num_steps)[0] + 1
 
+    @property
+    def num_examples(self) -> int:
+        """Over the whole run, repeats counted."""
+        epoch, _, stop = self._locate(self.num_steps)
+        return epoch * self.num_examples_per_epoch + stop
+
     def _locate(self, step: int) -> tuple[int, int, int]:
         if not 1 <= step <= self.num_steps:
             raise IndexError(f"step {step} is not between 1 and {self.num_steps}")
@@ -210,13 +223,21 @@ class WindowPlan:
         """Cut every epoch into windows; the last epoch may be a fraction, and its last window smaller.
 
         With `max_steps`, whole epochs follow each other until there are enough windows.
+
+        Raises:
+            ConfigError: They are so many that planning them would take longer than anybody waits.
         """
         num = self.num_examples_per_epoch
+        # With `global_tokens` every epoch has to be put in order to be cut.
+        sortable = MAX_EPOCHS if self._global_tokens is None else max(100, _SORTED_EXAMPLES // num)
+        most = min(MAX_EPOCHS, sortable)
         # Rounded, so that 1.1 epochs of 10 examples are 11 and not 12.
         left = max(1, round(train.epochs * num)) if train.max_steps is None else None
         epochs: list[Int64[np.ndarray, " windows_plus_1"]] = []
         num_steps = 0
         while left != 0 and (train.max_steps is None or num_steps < train.max_steps):
+            if len(epochs) == most:
+                raise _too_long(train, f"more than {most:,} passes over the {num:,} examples")
             take = num if left is None else min(left, num)
             if self._global_tokens is None and take == num and epochs:
                 starts = epochs[0]  # every full epoch is cut alike
@@ -260,6 +281,13 @@ class WindowPlan:
         return np.concatenate(picks)
 
 
+def _too_long(train: TrainConfig, what: str) -> ConfigError:
+    key, value = ("epochs", train.epochs) if train.max_steps is None else ("max_steps", train.max_steps)
+    return ConfigError(
+        Problem(f"train.{key}", f"is {value:,}: {what}, which cannot be planned", "Set it lower.")
+    )
+
+
 def plan_windows(
     counts: ExampleCounts,
     data: DataConfig,
@@ -290,7 +318,7 @@ def plan_windows(
 
     Raises:
         DataError: There is no example, or a weighted source has none.
-        ConfigError: An example is longer than a forward may be.
+        ConfigError: An example is longer than a forward may be, or the run than can be planned.
     """
     if len(counts.num_tokens) == 0:
         raise DataError(Problem("data.train", "there is no example to train on", _LOOK))

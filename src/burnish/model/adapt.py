@@ -65,6 +65,25 @@ def adapt(
     return adapted
 
 
+def require_names(model: PreTrainedModel, adapter: AdapterConfig | None, freeze: Sequence[str]) -> None:
+    """Refuse what `adapt` refuses of names, in its words; the model may be without memory for its weights.
+
+    Args:
+        model: The base model; not to be used afterwards.
+        adapter, freeze: As for `adapt`.
+
+    Raises:
+        ConfigError: Target modules or parts to freeze that do not exist, or nothing left to train.
+    """
+    adapted: nn.Module = model
+    if adapter is not None:
+        _target_weights(model, adapter)
+        # No name depends on the rank. PiSSA begins with the weights' own values, under plain LoRA's names.
+        kind = "lora" if adapter.kind == "pissa" else adapter.kind
+        adapted = _adapted(model, adapter.model_copy(update={"rank": 1, "kind": kind}))
+    _freeze(adapted, freeze)
+
+
 def _leave_inputs_as_they_are(model: PeftModel) -> None:
     """peft casts an adapter's input to the adapter's fp32, which autocast takes back: the same numbers twice
     over, and a copy of its own for each product's backward. Engines see to one dtype by themselves."""

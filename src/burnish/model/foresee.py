@@ -9,9 +9,10 @@ import torch
 from transformers import PreTrainedModel
 
 from burnish.config.schema import Config, ModelConfig
-from burnish.model.attention import Capability, asked, can_isolate
+from burnish.model.adapt import require_names
+from burnish.model.attention import OWN, Capability, asked, can_isolate
 from burnish.model.load import load_model_config
-from burnish.model.vision import architecture_of, count_kept
+from burnish.model.vision import architecture_of, count_kept, freeze_vision
 from burnish.plan.shapes import ModelShape
 
 
@@ -59,4 +60,25 @@ def foresee_capability(config: Config) -> Capability | None:
         ConfigError: What `can_isolate` raises.
     """
     empty = _empty(load_model_config(config.model))
-    return None if empty is None else can_isolate(empty.bfloat16(), *asked(config))
+    if empty is None:
+        return None
+    choice, max_tokens, packing, alone = asked(config)
+    # A kernel that is asked for may not be installed here, and what is found out does not depend on it.
+    choice = choice if choice in OWN else "eager"
+    return can_isolate(empty.bfloat16(), choice, max_tokens, packing, alone)
+
+
+def require_parts(config: Config) -> None:
+    """Refuse `adapter.targets` and `model.freeze` where the model has no such part, in `adapt`'s own words.
+
+    The model is built without memory for its weights. Silent where the code comes with the model, which only
+    loading runs.
+
+    Raises:
+        ConfigError: See `require_names`.
+    """
+    empty = _empty(load_model_config(config.model))
+    if empty is None:
+        return
+    freeze_vision(empty)
+    require_names(empty, config.adapter, config.model.freeze)

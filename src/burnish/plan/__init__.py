@@ -13,7 +13,7 @@ from burnish.plan.describe import bytes_text, seconds_text
 from burnish.plan.effort import DEVICES, Device, find_device, train_flops
 from burnish.plan.memory import Memory, MemoryParts, estimate_memory
 from burnish.plan.optimizer_state import trainable_params
-from burnish.plan.packing import surely_packed
+from burnish.plan.packing import surely_apart, surely_packed
 from burnish.plan.schedule import learning_rate, num_warmup_steps
 from burnish.plan.shapes import FAMILIES, ModelShape
 from burnish.plan.sharing import unshared, unsuited
@@ -43,6 +43,7 @@ __all__ = [
     "resolve_auto",
     "seconds_text",
     "suggest",
+    "surely_apart",
     "surely_packed",
     "train_flops",
     "trainable_params",

@@ -9,7 +9,7 @@ from burnish.config.schema import Config
 from burnish.plan.counts import WindowCounts
 from burnish.plan.effort import Device, checkpoint_bytes, disk_bytes, train_flops, train_seconds
 from burnish.plan.memory import USABLE_MEMORY, Memory, estimate_memory, in_process
-from burnish.plan.optimizer_state import trainable_params
+from burnish.plan.optimizer_state import names_are_known, trainable_params
 from burnish.plan.schedule import num_warmup_steps
 from burnish.plan.shapes import ModelShape
 from burnish.plan.suggest import suggest
@@ -60,6 +60,7 @@ class Plan:
             "micro_batches_per_step": counts.micro_batches_total / counts.num_steps,
             "micro_batches_per_step_min": counts.micro_batches_min,
             "micro_batches_per_step_max": counts.micro_batches_max,
+            "num_counted_steps": counts.num_counted_steps or counts.num_steps,
             "num_micro_batches": counts.micro_batches_total,
             "least_micro_batches_share": counts.least_micro_batches_share,
             "max_micro_tokens": counts.max_micro_tokens,
@@ -142,7 +143,7 @@ def make_plan(
         eval_steps=eval_steps if has_eval else (),
         num_params=model_shape.num_params + model_shape.kept_params,
         num_trainable_params=trainable_params(config, model_shape),
-        exact_params=model_shape.exact,
+        exact_params=model_shape.exact and names_are_known(config, model_shape),
         memory=memory,
         flops=train_flops(config, counts, model_shape),
         checkpoint_bytes=checkpoint_bytes(config, model_shape, world_size),

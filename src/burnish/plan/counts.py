@@ -73,3 +73,6 @@ class WindowCounts:
     """On how many windows that was counted: all that may share, or a sample."""
     unshared: str | None = None
     """Why beginnings are not shared; None where they are wherever it pays."""
+    num_counted_steps: int | None = None
+    """Of a run of very many epochs, the first steps, which were counted: micro-batches are scaled up from
+    theirs, and so are tokens of a blend or of a last part of an epoch. None: all were."""

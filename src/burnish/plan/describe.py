@@ -52,6 +52,11 @@ def _step_rows(plan: Plan) -> list[tuple[str, str]]:
         f"{counts.imbalance_max:.2%} at worst ({counts.imbalance_windows:,} windows)"
     )
     rows = [("steps", steps), ("micro-batches", micro)]
+    if counts.num_counted_steps is not None:
+        text = (
+            f"the first {counts.num_counted_steps:,} steps; tokens and micro-batches of the rest like theirs"
+        )
+        rows.append(("counted", text))
     return [*rows, ("balance", balance)] if counts.world_size > 1 else rows
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from burnish.config.patterns import names_part
 from burnish.config.schema import Config
-from burnish.plan.shapes import ModelShape
+from burnish.plan.shapes import ModelShape, short_name
 
 _MOMENT_BYTES = 4
 """fp32."""
@@ -43,6 +43,17 @@ def trainable_params(config: Config, shape: ModelShape) -> int:
     `model.freeze` counts by the names that Llama uses; inside an adapter it is not looked at.
     """
     return sum(weight.num_params for weight in _trained(config, shape))
+
+
+def names_are_known(config: Config, shape: ModelShape) -> bool:
+    """Whether `trainable_params` counts every part that the config names; it is an estimate otherwise."""
+    adapter = config.adapter
+    if adapter is None:
+        names = [weight.name for weight in _weights(shape)]
+        return all(any(names_part(pattern, name) for name in names) for pattern in config.model.freeze)
+    known = {matrix.name for layer in shape.layers for matrix in layer}
+    named = () if adapter.targets == "all-linear" else adapter.targets
+    return not config.model.freeze and all(short_name(target) in known for target in named)
 
 
 def optimizer_bytes(config: Config, shape: ModelShape) -> int:

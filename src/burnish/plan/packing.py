@@ -25,10 +25,19 @@ def surely_packed(config: Config, model_config: Mapping[str, Any]) -> bool | Non
     """
     if config.data.packing == "off" or config.model.attention not in ("auto", "varlen"):
         return False
+    return True if surely_apart(model_config) else None
+
+
+def surely_apart(model_config: Mapping[str, Any]) -> bool:
+    """Whether a model is known to number each document by itself and without end, and to keep them apart.
+
+    Args:
+        model_config: Its config.json.
+    """
     text = model_config.get("text_config")
     if text is not None or model_config.get("model_type") not in _SURE or "auto_map" in model_config:
-        return None
+        return False
     rope = model_config.get("rope_parameters") or model_config.get("rope_scaling") or {}
     kind = rope.get("rope_type", rope.get("type", "default")) if isinstance(rope, Mapping) else None
     # The others (dynamic NTK, LongRoPE) are chosen by the longest document of a row.
-    return True if kind in ("default", "linear", "llama3", "yarn") else None
+    return kind in ("default", "linear", "llama3", "yarn")
