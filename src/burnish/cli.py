@@ -174,8 +174,8 @@ def train(*config: Flags) -> None:
 
     result = run(loaded)
     if ranks_from_environment().is_main:
-        write_report(result.run_dir)
-        _say(f"The result is in {result.final_dir}. Talk to it: burnish chat {result.final_dir}")
+        write_report(result.parent)
+        _say(f"The result is in {result}. Talk to it: burnish chat {result}")
 
 
 @app.command(usage=_USAGE.format("launch SCHEDULER", "CONFIG"))

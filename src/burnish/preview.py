@@ -10,7 +10,7 @@ from typing import Any
 
 from burnish.config.plan_options import PlanOptions
 from burnish.config.schema import Config
-from burnish.errors import ConfigError, DataError, Problem
+from burnish.errors import ConfigError, DataError, Problem, counted
 from burnish.plan import (
     DEVICES,
     FAMILIES,
@@ -51,7 +51,11 @@ def check_data(config: Config) -> tuple[dict[str, Any], str]:
     try:
         data = prepare(config, tokenizer, template)
     except DataError as error:
-        raise DataError(*error.problems, *problems) from error
+        if not problems:
+            raise
+        of_data = error.heading or "a problem of the data"
+        heading = f"{of_data}, and {counted(len(problems), 'problem')} of the model"
+        raise DataError(*error.problems, *problems, heading=heading) from error
     if problems:
         raise ConfigError(*problems)
     plan_windows(data.train, config.data, config.batch, config.train, world_size=1, packed=True)

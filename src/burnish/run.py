@@ -9,7 +9,6 @@ config ─► data: load ► format ► render+mask ► (prepared cache) ─► 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -33,7 +32,6 @@ from burnish.model.forward import SupervisedModel
 from burnish.model.load import load_model_config, stored_dtype
 from burnish.model.objective import Objective
 from burnish.plan import explain_auto, make_plan, resolve_auto, unshared
-from burnish.records import TrainState
 from burnish.report.run_files import write_run_files
 from burnish.runtime import (
     device_memory_bytes,
@@ -49,17 +47,11 @@ from burnish.train.loop import train as run_loop
 from burnish.train.step import Feed
 
 
-@dataclass(frozen=True)
-class RunResult:
-    """What a finished run left."""
-
-    run_dir: Path
-    final_dir: Path
-    state: TrainState
-
-
-def train(config: Config) -> RunResult:
+def train(config: Config) -> Path:
     """Train as the config says. Every rank calls this; it returns when the result is exported.
+
+    Returns:
+        The folder of the result.
 
     Raises:
         BurnishError: Whatever the user has to mend; its `exit_code` says of which kind it is.
@@ -94,8 +86,7 @@ def train(config: Config) -> RunResult:
     choices = explain_auto(asked_for, config, memory)
     counts = count_windows(windows, data.train)
     plan = make_plan(config, counts, *world, device_type=device.type, choices=choices, memory_bytes=memory)
-    if ranks.is_main:
-        log.info("%s\n%s", plan.describe(), capability.reason)
+    log.info("%s\n%s", plan.describe(), capability.reason)
 
     freed.settle(plan.memory.device.kept > 0, plan.memory.over_process)
     compile_layers(model, capability, device, config.model.compile)
@@ -121,7 +112,7 @@ def train(config: Config) -> RunResult:
         on_start=lambda: write_run_files(run_dir, config, plan, data.report, ranks),
     )
     try:
-        state = run_loop(job)
+        run_loop(job)
     finally:
         recorder.close()
-    return RunResult(run_dir, run_dir / "final", state)
+    return run_dir / "final"

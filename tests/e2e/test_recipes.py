@@ -94,16 +94,16 @@ def trains(config: Config) -> Path:
     assert report["totals"]["examples"] > 0
     plan = plan_run(config, PlanOptions(gpus=1))
     result = train(config)
-    lines = [json.loads(line) for line in (result.run_dir / "metrics.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (result.parent / "metrics.jsonl").read_text().splitlines()]
     steps = [line for line in lines if line["kind"] == "train"]
     assert len(steps) == 2 and all(step["loss"] > 0 for step in steps)
     assert plan.counts.num_supervised_tokens == sum(step["num_supervised_tokens"] for step in steps)
-    model = AutoModelForCausalLM.from_pretrained(result.final_dir)
+    model = AutoModelForCausalLM.from_pretrained(result)
     assert model.num_parameters() == plan.num_params
     # vLLM's rules: a row for every token, and as many rows as config.json says.
     rows = model.get_input_embeddings().weight.shape[0]
-    assert rows == model.config.vocab_size >= len(AutoTokenizer.from_pretrained(result.final_dir))
-    return result.final_dir
+    assert rows == model.config.vocab_size >= len(AutoTokenizer.from_pretrained(result))
+    return result
 
 
 def test_plain_text(tmp_path):
@@ -218,7 +218,7 @@ def test_tool_calls(tmp_path, shape):
     texts = [token["text"] for token in example["tokens"]]
     assert texts.count(END) == 4, "the typed one is text"
     assert texts.count("<tool_call>") == 1
-    out = train(config).final_dir
+    out = train(config)
     assert json.loads((out / "adapter_config.json").read_text())["trainable_token_indices"]
     if shape == "messages":
         merge(out, tmp_path / "merged", "fp32")
