@@ -65,6 +65,15 @@ def run(cases: Mapping[str, Mapping[str, Any]], folder: Path) -> dict[str, Any]:
     return torch.load(folder / "results.pt")
 
 
+def _worst(found: Mapping[str, Any], exact: Mapping[str, Any]) -> float:
+    """The largest error of a gradient, as a share of its largest element."""
+    return max(
+        float((ours[name] - gradient).abs().max() / (gradient.abs().max() + 1e-6))
+        for ours, theirs in zip(found["gradients"], exact["gradients"], strict=True)
+        for name, gradient in theirs.items()
+    )
+
+
 def both(cases: Mapping[str, Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:
     """Each case with its layers compiled and without."""
     return {**cases, **{f"{name} compiled": {**case, "wanted": True} for name, case in cases.items()}}
@@ -111,7 +120,12 @@ def test_a_gpus_way_is_compiled_without_a_break(quick: dict[str, Any]) -> None:
 def test_same_gradients_of_all(cases: Mapping[str, Mapping[str, Any]], tmp_path: Path) -> None:
     results = run(both(cases), tmp_path)
     for name in cases:
-        same(results[f"{name} compiled"], results[name], 3e-2 if "bf16" in name else 1e-5)
+        if "bf16" not in name:
+            same(results[f"{name} compiled"], results[name])
+            continue
+        # Fewer casts between kernels: what is compiled rounds otherwise, and not more.
+        exact = results[name.replace("bf16", "fp32")]
+        assert _worst(results[f"{name} compiled"], exact) <= 1.5 * _worst(results[name], exact), name
 
 
 @pytest.mark.gpu

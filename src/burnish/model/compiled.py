@@ -54,6 +54,8 @@ def compile_layers(model: nn.Module, capability: Capability, device: torch.devic
     if not found:
         what = f"{type(causal_model(model)).__name__} has no layers that could be compiled"
         raise ConfigError(Problem("model.compile", what, "Leave it out."))
+    # What the compiler cannot do runs as it is, and torch says so: a scan of Mamba with open sizes, say.
+    torch._dynamo.config.suppress_errors = True
     for region in found:
         region.compile(dynamic=True)
 
