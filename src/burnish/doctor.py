@@ -23,7 +23,7 @@ from typing import Literal
 from burnish.collectives import collective_test, run_collectives
 from burnish.errors import ConfigError, MachineError, Problem
 from burnish.launch import threads_per_worker
-from burnish.runtime import Ranks
+from burnish.runtime import Ranks, cxx_compiler
 
 GIB = 2**30
 MIN_DISK_BYTES = 20 * GIB
@@ -184,9 +184,9 @@ def _nvidia_driver() -> str | None:
 
 def _look_at_compiler() -> Iterator[Finding]:
     """DeepSpeed and Triton compile what they need on first use."""
-    compiler = next((found for name in ("c++", "g++", "clang++") if (found := shutil.which(name))), None)
+    compiler = cxx_compiler()
     if compiler is None:
-        cure = "Only optimizer offload and custom kernels need one: apt install g++."
+        cure = "Only optimizer offload, model.compile and custom kernels need one: apt install g++."
         yield Finding("compiler", "no C++ compiler", "note", cure)
     else:
         yield Finding("compiler", _first_line([compiler, "--version"]) or compiler)

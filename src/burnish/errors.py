@@ -62,8 +62,8 @@ class ProblemsError(BurnishError):
 
     def __init__(self, *problems: Problem | str, heading: str | None = None) -> None:
         self.problems = tuple(p if isinstance(p, Problem) else Problem("", p) for p in problems)
-        counted = f"{len(problems)} problems" if len(problems) > 1 else ""
-        self.heading = counted if heading is None else heading
+        several = counted(len(problems), "problem") if len(problems) > 1 else ""
+        self.heading = several if heading is None else heading
         super().__init__("\n".join(str(p) for p in self.problems))
 
 

@@ -12,6 +12,7 @@ import datetime
 import logging
 import os
 import random
+import shutil
 import sys
 import threading
 from collections.abc import Iterator, Mapping, MutableMapping, Sequence
@@ -329,6 +330,13 @@ def device_memory_bytes(device: torch.device, ranks: Ranks) -> int | None:
     import torch
 
     return int(torch.cuda.get_device_properties(device).total_memory)
+
+
+def cxx_compiler() -> str | None:
+    """Path of the C++ compiler that torch and DeepSpeed build with; `CXX` overrules its usual names."""
+    named = os.environ.get("CXX")
+    names = (named,) if named else ("c++", "g++", "clang++")
+    return next((found for name in names if (found := shutil.which(name))), None)
 
 
 def available_cores() -> int:

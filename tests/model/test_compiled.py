@@ -166,6 +166,6 @@ def test_what_cannot_be_compiled_is_said(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(compiled, "body_of", lambda model: None)
     with pytest.raises(ConfigError, match="no layers"):
         compile_layers(plain, can_isolate(build("llama")), CPU, wanted=True)
-    monkeypatch.setattr(compiled.shutil, "which", lambda name: None)
+    monkeypatch.setattr(compiled, "cxx_compiler", lambda: None)
     with pytest.raises(MachineError, match="compiler"):
         compile_layers(plain, can_isolate(build("llama")), CPU, wanted=True)

@@ -106,8 +106,7 @@ def _check_compile(config: Config) -> Iterator[Problem]:
 
 
 def _check_model_folder(folder: Path) -> Iterator[Problem]:
-    for path in unreadable_files(folder):
-        yield Problem("model.path", f"{path} cannot be read: permission denied", _CURE_READ)
+    yield from unreadable_model(folder)
     if (folder / "config.json").is_file():
         return
     if (folder / "adapter_config.json").is_file():
@@ -116,6 +115,12 @@ def _check_model_folder(folder: Path) -> Iterator[Problem]:
         return
     cure = "Give a Hugging Face model folder."
     yield Problem("model.path", f"{folder} has no config.json", cure)
+
+
+def unreadable_model(folder: Path) -> list[Problem]:
+    """A problem for each file of a model's folder that this user may not read."""
+    what = "cannot be read: permission denied"
+    return [Problem("model.path", f"{path} {what}", _CURE_READ) for path in unreadable_files(folder)]
 
 
 def require_model(path: str) -> None:

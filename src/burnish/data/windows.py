@@ -23,6 +23,7 @@ from burnish.errors import ConfigError, DataError, Problem
 from burnish.plan import DEFAULT_GLOBAL_EXAMPLES, DEFAULT_MICRO_TOKENS, CostModel, MicroBudget
 from burnish.records import Window
 
+_LOOK = "`burnish check CONFIG` says what became of the rows."
 _MAX_STEPS = 10**8
 """Of one run: at a millisecond each more than a day, in truth years."""
 _SORTED_EXAMPLES = 1 << 25
@@ -324,9 +325,6 @@ def plan_windows(
         raise DataError(Problem("data.train", "there is no example to train on", _LOOK))
     cost = cost or CostModel()
     return WindowPlan(counts, data, batch, train, world_size, packed, cost, sharing, prefixes)
-
-
-_LOOK = "`burnish check CONFIG` says what became of the rows."
 
 
 def eval_cuts(

@@ -16,8 +16,6 @@ with `activation_checkpointing: light`.
 from __future__ import annotations
 
 import importlib.util
-import os
-import shutil
 from collections.abc import Iterator
 
 import torch
@@ -28,8 +26,7 @@ from burnish.errors import ConfigError, MachineError, Problem
 from burnish.model.anatomy import body_of, causal_model
 from burnish.model.attention import Capability
 from burnish.model.last_layer import last_layer
-
-COMPILERS = ("c++", "g++", "clang++")
+from burnish.runtime import cxx_compiler
 
 
 def compile_layers(model: nn.Module, capability: Capability, device: torch.device, wanted: bool) -> None:
@@ -75,8 +72,7 @@ def _regions(model: nn.Module, capability: Capability) -> Iterator[nn.Module]:
 
 def _require_compiler(device: torch.device) -> None:
     cure = "Leave model.compile out, or install it: apt install g++."
-    named = os.environ.get("CXX")
-    if not any(shutil.which(name) for name in ((named,) if named else COMPILERS)):
+    if cxx_compiler() is None:
         raise MachineError(Problem("model.compile", "there is no C++ compiler", cure))
     if device.type == "cuda" and importlib.util.find_spec("triton") is None:
         cure = "Leave model.compile out, or install triton, which torch for CUDA comes with."

@@ -12,8 +12,8 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
+from burnish.config.check import unreadable_model
 from burnish.config.schema import ModelConfig
-from burnish.durable import unreadable_files
 from burnish.errors import ConfigError, MachineError, Problem
 from burnish.hub import not_loaded, only_cached
 from burnish.model.vision import architecture_of, freeze_vision, loader_of
@@ -155,10 +155,12 @@ def _fresh(config: Any, seed: int, dtype: torch.dtype, model: ModelConfig) -> Pr
 def _check_weight_files(path: str) -> None:
     """Weights are read from safetensors only: a pickle can run any code."""
     folder = Path(path).expanduser()
-    for file in unreadable_files(folder) if folder.is_dir() else ():
-        cure = "Have its owner let you read it, or run as somebody who may."
-        raise ConfigError(Problem("model.path", f"{file} cannot be read: permission denied", cure))
-    if not folder.is_dir() or any(folder.glob("*.safetensors")):
+    if not folder.is_dir():
+        return
+    unreadable = unreadable_model(folder)
+    if unreadable:
+        raise ConfigError(*unreadable)
+    if any(folder.glob("*.safetensors")):
         return
     pickles = sorted(p.name for p in (*folder.glob("*.bin"), *folder.glob("*.pt"), *folder.glob("*.pth")))
     if pickles:

@@ -13,6 +13,7 @@ same for every decoder whose layers transformers can compute again.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -81,10 +82,10 @@ def recompute_layers(model: PreTrainedModel, level: Level, apart: Region) -> Non
 
 
 def _enable(model: PreTrainedModel, arguments: dict[str, Any]) -> None:
-    # Since some 5.x the old name is deprecated; before, there is no other.
-    new_name = "activation_checkpointing_enable"
-    enable = getattr(model, new_name if hasattr(model, new_name) else "gradient_checkpointing_enable")
-    enable(arguments)
+    # The name that every transformers 5 has. Later ones call it deprecated: to be renamed with 6.
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        model.gradient_checkpointing_enable(arguments)
 
 
 def _require_kept_unchanged(model: PreTrainedModel, arguments: dict[str, Any]) -> None:
