@@ -227,6 +227,16 @@ def test_every_change_that_can_be_allowed_is_a_fingerprint() -> None:
     assert set(get_args(ResumableChange)) <= fingerprints(config, "tokens", "template", "hash").keys()
 
 
+def test_the_order_of_parts_is_a_fingerprint_and_their_factors_are_not() -> None:
+    def of(**group_lr: float) -> object:
+        values = {"model": {"path": "m"}, "data": {"train": "d.jsonl"}, "output_dir": "out"}
+        config = Config.model_validate({**values, "optim": {"group_lr": group_lr}})
+        return fingerprints(config, "tokens", "template", "hash")
+
+    assert of(embed_tokens=0.5, lm_head=2.0) == of(embed_tokens=2.0, lm_head=0.5)
+    assert of(embed_tokens=0.5, lm_head=2.0) != of(lm_head=2.0, embed_tokens=0.5)
+
+
 def test_a_changed_rate_is_told(tmp_path: Path) -> None:
     values = {"model": {"path": "m"}, "data": {"train": "d.jsonl"}, "output_dir": "out"}
     before = Config.model_validate({**values, "optim": {"weight_decay": 0.1}, "schedule": {"name": "wsd"}})

@@ -182,6 +182,21 @@ def test_rates_by_part() -> None:
     assert sum(len(g["params"]) for g in groups) == len([p for p in model.parameters() if p.requires_grad])
 
 
+@pytest.mark.parametrize("later", [(2.0, 0.5), (0.5, 0.5), (1.0, 1.0)])
+def test_other_factors_leave_the_groups_as_they_are(later: tuple[float, float]) -> None:
+    """A run may be resumed with other factors, and ZeRO's state stands in the order of the groups: two of one
+    size that changed places would take over each other's weights."""
+
+    def order(factors: tuple[float, float]) -> list[list[str]]:
+        model = toy_llama()
+        names = {id(p): name for name, p in model.named_parameters()}
+        parts = dict(zip(("embed_tokens", "lm_head"), factors, strict=True))
+        groups = build_param_groups(model, OptimConfig(group_lr=parts))
+        return [[names[id(p)] for p in group["params"]] for group in groups]
+
+    assert order(later) == order((0.5, 2.0))
+
+
 def test_a_part_with_its_own_rate_moves_by_it() -> None:
     """Adam's first step is the rate times the gradient's sign."""
     engine = engine_for("adamw", **{"optim.group_lr": {"embed_tokens": 0.25}, "optim.weight_decay": 0.0})

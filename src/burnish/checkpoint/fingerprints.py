@@ -50,8 +50,8 @@ def fingerprints(config: Config, vocabulary: str, template: str | None, data_has
         "batch.global_tokens": config.batch.global_tokens,
         "train.seed": config.train.seed,
         "optim.name": config.optim.name,
-        # Its factors may change; its parts decide how the optimizer's state is laid out.
-        "optim.group_lr (parts)": sorted(config.optim.group_lr),
+        # Its factors may change; its parts and their order decide how the optimizer's state is laid out.
+        "optim.group_lr (parts)": list(config.optim.group_lr),
     }
     return {name: json.dumps(value) for name, value in values.items()}
 

@@ -33,39 +33,42 @@ def build_param_groups(model: nn.Module, optim: OptimConfig) -> list[dict[str, A
     trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     if not trainable:
         raise ValueError("the model has no trainable parameter")
-    factors = _rate_factors([name for name, _ in trainable], optim)
+    parts = _parts_of([name for name, _ in trainable], optim)
     lists_of_vectors = _embeddings_and_heads(model) if optim.name == "muon" else set()
-    groups: dict[tuple[bool, float, bool], list[nn.Parameter]] = {}
-    for (_, parameter), factor in zip(trainable, factors, strict=True):
+    groups: dict[tuple[bool, int, bool], list[nn.Parameter]] = {}
+    for (_, parameter), part in zip(trainable, parts, strict=True):
         is_matrix = _num_dimensions(parameter) >= 2
         orthogonal = optim.name == "muon" and is_matrix and id(parameter) not in lists_of_vectors
-        groups.setdefault((is_matrix, factor, orthogonal), []).append(parameter)
-    # Matrices first, whatever comes first in the model: the order is part of what a checkpoint holds.
+        groups.setdefault((is_matrix, part, orthogonal), []).append(parameter)
+    factors = [1.0, *optim.group_lr.values()]
+    # Groups and their order are part of what a checkpoint of ZeRO holds, and rates may change when a run is
+    # resumed: so they follow from the parts that have a factor, not from the factors. Matrices first.
     return [
         {
             "params": groups[key],
             "weight_decay": optim.weight_decay if key[0] else 0.0,
-            "lr_factor": key[1],
+            "lr_factor": factors[key[1]],
             "orthogonal": key[2],
         }
         for key in sorted(groups, reverse=True)
     ]
 
 
-def _rate_factors(names: Sequence[str], optim: OptimConfig) -> list[float]:
-    """The factor on each parameter's rate; the last pattern that names it counts."""
-    factors = [1.0] * len(names)
+def _parts_of(names: Sequence[str], optim: OptimConfig) -> list[int]:
+    """Which part of `optim.group_lr` each parameter belongs to, counted from 1; 0 for none. The last pattern
+    that names it counts."""
+    parts = [0] * len(names)
     problems = []
-    for pattern, factor in optim.group_lr.items():
+    for part, pattern in enumerate(optim.group_lr, start=1):
         named = [number for number, name in enumerate(names) if names_part(pattern, name)]
         for number in named:
-            factors[number] = factor
+            parts[number] = part
         if not named:
             cure = f"Something that is trained: {names[0]}."
             problems.append(Problem("optim.group_lr", f"nothing trained is called {pattern!r}", cure))
     if problems:
         raise ConfigError(*problems)
-    return factors
+    return parts
 
 
 def _embeddings_and_heads(model: nn.Module) -> set[int]:
