@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from burnish.config.schema import Config
 from burnish.engine.base import Engine
-from burnish.errors import MachineError, Problem
+from burnish.errors import ConfigError, MachineError, Problem
 from burnish.export import exporter as exporter_module
 from burnish.export.exporter import Exporter
 from burnish.records import TrainState
@@ -31,6 +31,8 @@ def write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     def export_final(*arguments: Any, pissa_start: Any) -> None:
         if arguments[4] == "no disk":
             raise MachineError(Problem("final", "cannot be written"))
+        if arguments[4] == "no base":
+            raise ConfigError(Problem("model.path", "there is no folder m"))
         arguments[5].mkdir(exist_ok=True)
 
     monkeypatch.setattr(exporter_module, "export_final", export_final)
@@ -46,8 +48,9 @@ def write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 def test_a_failure_changes_nothing_and_a_result_nothing_beside_it(tmp_path: Path, write: Any) -> None:
-    with pytest.raises(MachineError):
-        write(None, template="no disk")
+    for template in ("no disk", "no base"):  # a checkpoint is saved for either
+        with pytest.raises(MachineError):
+            write(None, template=template)
     assert [path.name for path in tmp_path.iterdir()] == ["best"]
     for best_eval_step in (None, 2):
         write(best_eval_step)

@@ -156,6 +156,34 @@ def test_second_signal_acts_as_without_us() -> None:
             os.kill(os.getpid(), signal.SIGINT)
 
 
+def test_a_best_that_cannot_be_exported_is_not_lost_either(tmp_path: Path) -> None:
+    def full_disk(state: TrainState) -> None:
+        raise MachineError(Problem("best", "cannot be written: no space left"))
+
+    exported: list[int] = []
+    settings = {"checkpoint.resume": "auto", "eval.every_steps": 2}
+    config = toy_config(tmp_path, settings)
+    with pytest.raises(MachineError, match=r"no space left(.|\n)*step-00000002"):
+        train(replace(make_job(config, ALONE, evaluate=True), export_best=full_disk))
+    again = make_job(config, ALONE, evaluate=True)
+    again = replace(again, export_best=lambda state: exported.append(state.step))
+    train(again)
+    assert summary(again)["losses"] == run_case({}, ALONE, tmp_path / "whole")["losses"][2:]
+    assert exported and exported[0] == 4  # the best of step 2 is nowhere, so that it is none to beat
+
+
+@pytest.mark.parametrize("resume", ["never", "auto", "folder"])
+def test_who_stops_is_told_how_to_go_on(tmp_path: Path, resume: str) -> None:
+    if resume == "folder":
+        run_case({"checkpoint.every_steps": 2, "train.max_steps": 2}, ALONE, tmp_path / "other")
+    given = str(checkpoint_path(tmp_path / "other", 2)) if resume == "folder" else resume
+    config = toy_config(tmp_path / "run", {"checkpoint.resume": given})
+    with pytest.raises(InterruptedRunError) as caught:
+        train(replace(make_job(config, ALONE), recorder=SendsSignal()))
+    said = "with checkpoint.resume: auto" in str(caught.value)
+    assert said == (resume != "auto")  # the same command would begin anew
+
+
 def test_what_cannot_be_exported_is_not_lost(tmp_path: Path) -> None:
     exported: list[int] = []
 

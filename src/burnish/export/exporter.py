@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import final
 
+import torch
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from burnish.config.schema import Config
 from burnish.engine.base import Engine
-from burnish.errors import BurnishError, MachineError
+from burnish.errors import MachineError, ProblemsError
 from burnish.export.card import ExportFacts
 from burnish.export.final import export_final
 from burnish.records import TrainState
@@ -56,27 +58,28 @@ class Exporter:
         Raises:
             MachineError: It cannot be written, or what was written is not what was trained.
         """
-        weights = self._engine.export_state()
-        failure: BurnishError | None = None
-        if weights is not None:
-            results = {} if state.best_eval_loss is None else {"best evaluation loss": state.best_eval_loss}
-            facts = ExportFacts(state.step, state.num_examples, state.num_supervised_tokens, results)
-            try:
-                export_final(
-                    self._config,
-                    self._model,
-                    weights,
-                    self._tokenizer,
-                    self._template,
-                    out,
-                    facts,
-                    pissa_start=self._initial,
-                )
-                log.info("Exported %s.", out)
-            except BurnishError as error:
-                failure = error
-        messages = [m for m in gather_objects(failure and str(failure), self._ranks) if m]
-        if failure is not None:
-            raise failure
-        if messages:
-            raise MachineError(messages[0])
+        failure: ProblemsError | None = None
+        try:
+            weights = self._engine.export_state()
+            if weights is not None:
+                self._write(weights, out, state)
+        except ProblemsError as error:
+            failure = error
+        told = gather_objects(failure and failure.problems, self._ranks)
+        problems = next((of_one_rank for of_one_rank in told if of_one_rank), None)
+        if problems:  # whatever it was (the base may be gone by now), it was not the config that was wrong
+            raise MachineError(*problems) from failure
+
+    def _write(self, weights: Mapping[str, torch.Tensor], out: Path, state: TrainState) -> None:
+        results = {} if state.best_eval_loss is None else {"best evaluation loss": state.best_eval_loss}
+        export_final(
+            self._config,
+            self._model,
+            weights,
+            self._tokenizer,
+            self._template,
+            out,
+            ExportFacts(state.step, state.num_examples, state.num_supervised_tokens, results),
+            pissa_start=self._initial,
+        )
+        log.info("Exported %s.", out)

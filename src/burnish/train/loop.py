@@ -84,7 +84,7 @@ def train(job: TrainJob) -> TrainState:
         InterruptedRunError: SIGTERM or SIGINT arrived; a checkpoint was saved.
         TrainingStoppedError: `train.max_skipped_steps` steps in a row had gradients that were not
             finite; a checkpoint from before the first of them was saved.
-        MachineError: The result could not be exported; a checkpoint of the last step was saved.
+        MachineError: A result could not be exported; a checkpoint of what was trained was saved.
         CheckpointError: The checkpoint to resume from is damaged, belongs to another run, or is past the end
             of this one.
     """
@@ -108,7 +108,7 @@ def _run(job: TrainJob, stop: StopRequest) -> tuple[TrainState, _Keeper]:
         job.on_start()
     keeper = _Keeper(job, state, resumed_from)
     if resumed_from is None:
-        state = _evaluate_and_track(job, state)
+        state = _evaluate_and_track(job, keeper, state)
     while state.step < job.windows.num_steps:
         state, must_stop = _one_step(job, keeper, state, stop)
         if must_stop:
@@ -117,19 +117,38 @@ def _run(job: TrainJob, stop: StopRequest) -> tuple[TrainState, _Keeper]:
 
 
 def _finish(job: TrainJob, keeper: _Keeper, state: TrainState) -> None:
-    """Export. A signal is left for afterwards, and what cannot be exported is not lost.
+    """Export what is done. A signal is left for afterwards."""
+    if job.export_final is not None:
+        _export(job, job.export_final, state, keeper, state)
+
+
+def _export(
+    job: TrainJob, export: Callable[[TrainState], None], state: TrainState, keeper: _Keeper, stand: TrainState
+) -> None:
+    """Export, and do not lose what cannot be exported.
+
+    Args:
+        job: Which.
+        export: Writes a result.
+        state: What it is the result of.
+        keeper: Saves where the run stands.
+        stand: Where that is, without the result.
 
     Raises:
-        MachineError: It could not be exported; a checkpoint of the last step was saved.
+        MachineError: It could not be exported; a checkpoint was saved.
     """
-    if job.export_final is None:
-        return
     try:
-        job.export_final(state)
+        export(state)
     except MachineError as error:
-        path = keeper.save(state)
-        cure = "Mend that and run the same command: it exports from there."
-        raise MachineError(*error.problems, Problem(str(path), "holds what was trained", cure)) from error
+        path = keeper.save(stand)
+        saved = Problem(str(path), "holds what was trained", f"Mend that. {_how_to_go_on(job.config, path)}")
+        raise MachineError(*error.problems, saved) from error
+
+
+def _how_to_go_on(config: Config, path: Path) -> str:
+    """What begins anew, or from a folder of its own, would do so again."""
+    goes_on = config.checkpoint.resume in ("auto", "must")
+    return f"Run the same command{'' if goes_on else ' with checkpoint.resume: auto'} to go on from {path}."
 
 
 def _one_step(
@@ -151,7 +170,7 @@ def _one_step(
         _record_skip(job, keeper, state, stats)
     # Who sent a signal waits half a minute or so: the checkpoint comes first, an evaluation would not fit.
     if last or (_is_due(state.step, config.eval.every_steps) and not must_stop):
-        state = _evaluate_and_track(job, state)
+        state = _evaluate_and_track(job, keeper, state)
     if stats.applied:
         keeper.good_state = state
         # Never in a row of skipped steps: if it stops the run, the newest is from before the row.
@@ -210,10 +229,13 @@ def _advance(state: TrainState, window: Window, stats: StepStats) -> TrainState:
     )
 
 
-def _evaluate_and_track(job: TrainJob, state: TrainState) -> TrainState:
+def _evaluate_and_track(job: TrainJob, keeper: _Keeper, state: TrainState) -> TrainState:
     """Evaluate if there is held-out data, and remember the best since training began.
 
     The untrained model at step 0 is measured but is never the best: exporting it helps nobody.
+
+    Raises:
+        MachineError: The best could not be exported; a checkpoint was saved.
     """
     if job.eval_store is None or job.eval_cuts is None:
         return state
@@ -230,10 +252,10 @@ def _evaluate_and_track(job: TrainJob, state: TrainState) -> TrainState:
     best = float("inf") if state.best_eval_loss is None else state.best_eval_loss
     if state.step == 0 or not stats.loss < best:
         return state
-    state = replace(state, best_eval_loss=stats.loss, best_eval_step=state.step)
+    improved = replace(state, best_eval_loss=stats.loss, best_eval_step=state.step)
     if job.export_best is not None:
-        job.export_best(state)
-    return state
+        _export(job, job.export_best, improved, keeper, state)
+    return improved
 
 
 def _record_skip(job: TrainJob, keeper: _Keeper, state: TrainState, stats: StepStats) -> None:
@@ -273,9 +295,8 @@ def _stop_for_signal(job: TrainJob, keeper: _Keeper, state: TrainState) -> None:
     if state.step >= job.windows.num_steps:
         return
     path = keeper.save(state)
-    raise InterruptedRunError(
-        Problem("signal", f"stopped after step {state.step}", f"Run the same command to go on from {path}.")
-    )
+    what = f"stopped after step {state.step}"
+    raise InterruptedRunError(Problem("signal", what, _how_to_go_on(job.config, path)))
 
 
 class _Keeper:
