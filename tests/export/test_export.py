@@ -154,6 +154,20 @@ def test_an_adapter_of_a_fresh_base_brings_its_base(tmp_path, tokenizer):
     assert torch.equal(AutoPeftModelForCausalLM.from_pretrained(out)(ids).logits, model(ids).logits)
 
 
+def test_a_fresh_base_of_another_seed_is_not_taken_for_ones_own(tmp_path, tokenizer):
+    """Both runs' adapters are to be loaded on the weights that they were trained beside."""
+    fresh = ["--adapter.rank", "2", "--model.init", "random", "--model.dtype", "fp32"]
+    found = []
+    for seed, name in (("1", "best"), ("2", "final"), ("2", "best"), ("1", "final")):
+        config = config_for(tmp_path, *fresh, "--train.seed", seed)
+        model = get_peft_model(llama(False), LoraConfig(r=2, target_modules="all-linear"))
+        weights = {n: t for n, t in model.state_dict().items() if "lora_" in n}
+        out = export_final(config, model, weights, tokenizer, None, tmp_path / "run" / name, FACTS)
+        path = json.loads((out / "adapter_config.json").read_text())["base_model_name_or_path"]
+        found.append(path.rpartition("/")[2])
+    assert found == ["base", "base-2", "base-2", "base"]
+
+
 def test_pissa_comes_out_as_a_lora_of_the_published_base(tmp_path, tokenizer):
     config = config_for(tmp_path, "--adapter.rank", "2", "--adapter.kind", "pissa", "--model.dtype", "fp32")
     base = AutoModelForCausalLM.from_pretrained(config.model.path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 from peft import PeftModel, get_peft_model_state_dict
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -146,24 +148,37 @@ def _save_adapter(
 
 def _base_path(config: Config, tokenizer: PreTrainedTokenizerBase, template: str | None, beside: Path) -> str:
     """Where the adapter's base can be loaded from. Fresh weights exist nowhere but in this run; they
-    are a function of the seed, so they are made again and saved beside the adapter."""
+    are a function of the seed, so they are made again and saved beside the adapter, once."""
     path = Path(config.model.path)
     if config.model.init == "pretrained":
         return str(path.resolve()) if path.is_dir() else config.model.path
-    if not beside.exists():
-        dtype = COMPUTE_DTYPES[config.model.dtype]
-        base = load_model(
-            config.model,
-            seed=config.train.seed,
-            init_context=None,
-            param_dtype=dtype,
-            vocabulary=vocabulary_of(tokenizer, config.model),
-        )
-        with whole_folder(beside) as staging:
+    dtype = COMPUTE_DTYPES[config.model.dtype]
+    base = load_model(
+        config.model,
+        seed=config.train.seed,
+        init_context=None,
+        param_dtype=dtype,
+        vocabulary=vocabulary_of(tokenizer, config.model),
+    )
+    # An earlier run may have left another base there, from another seed, which its adapters still need.
+    numbered = (beside.with_name(f"{beside.name}-{number}") for number in itertools.count(2))
+    places = itertools.chain([beside], numbered)
+    folder = next(place for place in places if not place.exists() or _holds(place, base.state_dict()))
+    if not folder.exists():
+        with whole_folder(folder) as staging:
             save_model(base, base.state_dict(), dtype, staging)
             save_generation_config(None, tokenizer, template, staging)
             save_tokenizer(tokenizer, template, staging)
-    return str(beside.resolve())
+    return str(folder.resolve())
+
+
+def _holds(folder: Path, weights: Mapping[str, torch.Tensor]) -> bool:
+    """Whether a folder's weights are these (where its names are others, whether they are as many)."""
+    try:
+        prove_weights(folder, weights)
+    except (MachineError, SafetensorError):
+        return False
+    return True
 
 
 def _change(path: Path, **values: Any) -> None:
