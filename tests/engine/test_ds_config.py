@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,7 +12,7 @@ import torch
 
 from burnish.config.raw_deepspeed import TUNABLE, misspelt_settings, refused_settings, unknown_settings
 from burnish.engine.ds_config import deepspeed_config
-from burnish.engine.ds_workarounds import add_without_copy, measure_by_rows
+from burnish.engine.ds_workarounds import add_without_copy, convert_to_universal, measure_by_rows
 from rig.toy import toy_config
 
 
@@ -151,3 +153,15 @@ def test_zero_measures_and_adds_up_without_copies() -> None:
     zero._add_to_grad_partition_buffer(total, part)
     zero._add_to_grad_partition_buffer(None, part)  # another rank's part
     assert torch.equal(total, right)
+
+
+@pytest.mark.parametrize(
+    ("stderr", "said"), [("", "exit code -9"), ("a warning\nno space left\n", "no space left")]
+)
+def test_a_conversion_that_failed_is_said(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, stderr: str, said: str
+) -> None:
+    """Without a word too: what the system kills for its memory prints nothing."""
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: subprocess.CompletedProcess([], -9, "", stderr))
+    failure = convert_to_universal(tmp_path / "shards", tmp_path / "converted" / "universal")
+    assert failure is not None and said in failure

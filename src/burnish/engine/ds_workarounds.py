@@ -107,7 +107,10 @@ def convert_to_universal(shards: Path, target: Path) -> str | None:
     done = subprocess.run(
         [*command, "--output_folder", str(target), *workers], capture_output=True, text=True, check=False
     )
-    return None if done.returncode == 0 else done.stderr.strip().splitlines()[-1]
+    if done.returncode == 0:
+        return None
+    # Killed for the memory it takes, it says nothing.
+    return next(reversed(done.stderr.strip().splitlines()), f"it ended with exit code {done.returncode}")
 
 
 def forget_sums(zero: Any) -> None:
