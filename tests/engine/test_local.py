@@ -134,12 +134,22 @@ def test_export_shares_tied_weights_and_leaves_out_frozen_ones() -> None:
     assert all("lora_" in name for name in adapter)
 
 
+@pytest.mark.parametrize("part", ["lora_A", "layers.0"])
+def test_what_is_frozen_of_an_adapter_is_exported_too(part: str) -> None:
+    """Trained B on a random A that nobody has would be noise to whoever loads it."""
+    lora = {"adapter": {"kind": "lora", "rank": 2}}
+    whole, some = engine_for(lora).export_state(), engine_for({**lora, "model.freeze": [part]}).export_state()
+    assert whole is not None
+    assert some is not None
+    assert some.keys() == whole.keys()
+
+
 def test_export_refuses_empty_tensors() -> None:
     with pytest.raises(CheckpointError, match=r"lora_A"):
         refuse_empty({"lora_A": torch.empty(0)})
     model = toy_llama().requires_grad_(False)
     with pytest.raises(CheckpointError, match="no weights"):
-        exported_weights(model, trained_only=True)
+        exported_weights(model, adapter_only=True)
 
 
 def test_buckets_hold_everything_in_order(monkeypatch: pytest.MonkeyPatch) -> None:

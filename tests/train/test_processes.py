@@ -33,6 +33,7 @@ ONE_IDEA = [(engine, cut) for engine in ENGINES for cut in CUTS if cut != "packe
 FP32_VARIANTS = [
     *((engine, "lora") for engine in ENGINES),
     *((engine, "tied") for engine in ("zero0", "zero3")),
+    *((engine, "lora-fa") for engine in ("zero2", "zero3")),
     *((engine, "no-clip") for engine in ("local", "zero0", "zero2")),
 ]
 BF16_VARIANTS = [(engine, variant) for engine in ENGINES for variant in ("bf16", "bf16-lora")]
@@ -51,6 +52,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "packed": {},
     "tied": {},
     "lora": {"adapter": LORA},
+    "lora-fa": {"adapter": LORA, "model.freeze": ["lora_A"]},
     "bf16": {"model.dtype": "bf16"},
     "bf16-lora": {"model.dtype": "bf16", "adapter": LORA},
     "no-clip": {"optim.max_grad_norm": None},

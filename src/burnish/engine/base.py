@@ -92,5 +92,5 @@ class Engine(Scorer):
     @abstractmethod
     def export_state(self) -> dict[str, torch.Tensor] | None:
         """The whole model's weights on the CPU, under the Hugging Face model's names: all of
-        them, or the trainable ones for an adapter. On rank 0; None on the others.
+        them, or an adapter's, its frozen ones too. On rank 0; None on the others.
         """

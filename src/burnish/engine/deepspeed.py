@@ -16,6 +16,7 @@ import contextlib
 import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, final
 
@@ -72,7 +73,7 @@ from burnish.engine.muon import MuonAdamW
 from burnish.engine.optimizer import build_optimizer, set_learning_rate
 from burnish.engine.phases import PhaseClock
 from burnish.engine.precision import LossScale
-from burnish.engine.state_files import exported_weights, refuse_empty
+from burnish.engine.state_files import exported_weights
 from burnish.errors import CheckpointError, ConfigError, MachineError, Problem, counted
 from burnish.model.foresee import largest_parameter
 from burnish.model.forward import SupervisedModel, to_device
@@ -81,8 +82,6 @@ from burnish.model.tiling import tiled_modules
 from burnish.records import MicroBatch
 from burnish.runtime import Ranks, barrier, log
 
-MODEL_PREFIX = "model."
-"""Where `SupervisedModel` holds the Hugging Face model."""
 _LOCK_CURE = "delete the file `lock` below ~/.cache/torch_extensions (or TORCH_EXTENSIONS_DIR)."
 _LOSS_SCALE = "burnish_loss_scale"
 """Under which DeepSpeed keeps what it does not know of."""
@@ -375,25 +374,13 @@ class DeepSpeedEngine(Engine):
 
     def export_state(self) -> dict[str, torch.Tensor] | None:
         """See `Engine.export_state`. Every rank takes part in the gathering."""
+        model, is_main = self._engine.module.model, self._ranks.is_main
         if self._stage < 3:
-            if not self._ranks.is_main:
-                return None
-            return exported_weights(self._engine.module.model, self._adapter_only)
-        state = self._engine._consolidated_16bit_state_dict(exclude_frozen_parameters=self._adapter_only)
-        if state is None:
-            return None
-        wanted = self._exported_names()
-        exported = {
-            name.removeprefix(MODEL_PREFIX): tensor
-            for name, tensor in state.items()
-            if name.removeprefix(MODEL_PREFIX) in wanted
-        }
-        refuse_empty(exported)
+            return exported_weights(model, self._adapter_only) if is_main else None
+        zero = self._engine.optimizer
+        zero.checkpoint_event_prologue()
+        # Nothing is modified; DeepSpeed's own export says so all the same, to free what was gathered.
+        gather = partial(deepspeed.zero.GatheredParameters, modifier_rank=0)
+        exported = exported_weights(model, self._adapter_only, gather, keep=is_main)
+        zero.checkpoint_event_epilogue()
         return exported
-
-    def _exported_names(self) -> set[str]:
-        model = self._engine.module.model
-        if not self._adapter_only:
-            return set(model.state_dict().keys())
-        named = model.named_parameters(remove_duplicate=False)
-        return {name for name, parameter in named if parameter.requires_grad}

@@ -82,7 +82,7 @@ class LocalEngine(Engine):
         ranks: This process among the others.
         device: Where to compute.
         compute_dtype: What the forward runs in (fp32 means no autocast).
-        adapter_only: Export trained weights only (an adapter).
+        adapter_only: Export an adapter's weights only.
     """
 
     def __init__(

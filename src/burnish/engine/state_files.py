@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -12,6 +14,10 @@ from torch import nn
 
 from burnish.durable import give_usual_mode
 from burnish.errors import CheckpointError, Problem
+
+_OF_ADAPTER = ".lora_"
+"""In the name of each of peft's weights. One that `model.freeze` keeps from being trained (LoRA-FA's A) is
+the adapter's all the same: without it nobody can use the others."""
 
 
 def trained_state(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -118,26 +124,39 @@ def copy_exactly(target: Mapping[str, torch.Tensor], source: Mapping[str, torch.
         tensor.copy_(source[name])
 
 
-def exported_weights(model: nn.Module, trained_only: bool) -> dict[str, torch.Tensor]:
+def exported_weights(
+    model: nn.Module,
+    adapter_only: bool,
+    gather: Callable[[nn.Parameter], AbstractContextManager[Any]] = nullcontext,
+    keep: bool = True,
+) -> dict[str, torch.Tensor] | None:
     """Weights on the CPU under the model's own names; tied ones are one tensor under two names.
 
     Args:
         model: The Hugging Face (or peft) model itself.
-        trained_only: Leave out what is frozen: an adapter's base, and all buffers.
+        adapter_only: Leave out an adapter's base, and all buffers.
+        gather: Entered around a weight; puts one that is shared out together. Every rank calls this then.
+        keep: Take what was gathered; else only help others to.
+
+    Returns:
+        None if not `keep`.
 
     Raises:
         CheckpointError: A tensor has no elements (see `refuse_empty`).
     """
-    on_cpu: dict[int, torch.Tensor] = {}
+    on_cpu: dict[nn.Parameter, torch.Tensor] = {}
     exported: dict[str, torch.Tensor] = {}
     parameters = dict(model.named_parameters(remove_duplicate=False))
     for name, parameter in parameters.items():
-        if trained_only and not parameter.requires_grad:
+        if adapter_only and not (parameter.requires_grad or _OF_ADAPTER in name):
             continue
-        if id(parameter) not in on_cpu:
-            on_cpu[id(parameter)] = parameter.detach().cpu()
-        exported[name] = on_cpu[id(parameter)]
-    if not trained_only:
+        if parameter not in on_cpu:
+            with gather(parameter):
+                on_cpu[parameter] = parameter.detach().cpu() if keep else parameter.new_empty(0)
+        exported[name] = on_cpu[parameter]
+    if not keep:
+        return None
+    if not adapter_only:
         saved = model.state_dict()
         exported.update({n: saved[n].detach().cpu() for n in saved.keys() - parameters.keys()})
     refuse_empty(exported)
