@@ -227,6 +227,16 @@ def test_every_change_that_can_be_allowed_is_a_fingerprint() -> None:
     assert set(get_args(ResumableChange)) <= fingerprints(config, "tokens", "template", "hash").keys()
 
 
+def test_fresh_weights_are_not_gone_on_with_as_pretrained_ones() -> None:
+    """As after a trial of the pipes with `model.init: random` in the same folder."""
+    values = {"data": {"train": "d.jsonl"}, "output_dir": "out"}
+    fresh, pretrained = (
+        fingerprints(Config.model_validate({**values, "model": {"path": "m", "init": init}}), "t", None, "h")
+        for init in ("random", "pretrained")
+    )
+    assert fresh != pretrained
+
+
 def test_the_order_of_parts_is_a_fingerprint_and_their_factors_are_not() -> None:
     def of(**group_lr: float) -> object:
         values = {"model": {"path": "m"}, "data": {"train": "d.jsonl"}, "output_dir": "out"}

@@ -53,6 +53,8 @@ def fingerprints(config: Config, vocabulary: str, template: str | None, data_has
         # Its factors may change; its parts and their order decide how the optimizer's state is laid out.
         "optim.group_lr (parts)": list(config.optim.group_lr),
     }
+    if config.model.init != "pretrained":  # older checkpoints do not name it
+        values["model.init"] = config.model.init
     return {name: json.dumps(value) for name, value in values.items()}
 
 
