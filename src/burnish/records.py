@@ -204,8 +204,7 @@ class StepStats:
 
     @property
     def tokens_per_second(self) -> float:
-        """Tokens of all ranks together, padding not counted."""
-        """All tokens of the window over the step's time."""
+        """All tokens of the window, those of all ranks and no padding, over the step's time."""
         return self.num_tokens / self.seconds if self.seconds > 0 else float("nan")
 
 
@@ -237,7 +236,7 @@ class TrainState:
     rng: Mapping[str, Any]
     """Random state of every rank: `{"0": {...}, "1": {...}}`, JSON-able."""
     fingerprints: Mapping[str, str]
-    """Hashes of what the run was made from (config, tokenizer, template, data, order) that a
-    resumed run must share, by name."""
+    """What the run was made from and a resumed run must share, by name: values where they are short, else
+    hashes (`checkpoint/fingerprints.py`)."""
     versions: Mapping[str, str]
     world_size: int

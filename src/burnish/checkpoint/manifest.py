@@ -105,7 +105,7 @@ def read_manifest(folder: Path) -> list[FileEntry]:
         raise CheckpointError(Problem(str(path), f"cannot be read: {error}", _AN_OLDER_ONE)) from error
 
 
-def file_problem(folder: Path, entry: FileEntry) -> str | None:
+def _file_problem(folder: Path, entry: FileEntry) -> str | None:
     """What is wrong with one file of a checkpoint; None if it is as the manifest says."""
     path = folder / entry.name
     try:
@@ -119,19 +119,23 @@ def file_problem(folder: Path, entry: FileEntry) -> str | None:
     return None
 
 
-def verify(folder: Path) -> list[str]:
+def verify(folder: Path, share: slice = slice(None)) -> list[str]:
     """Everything that is wrong with a checkpoint; an empty list means it is whole.
 
     Every byte is read. Files that the manifest does not name are ignored.
+
+    Args:
+        folder: The checkpoint's.
+        share: Which of the manifest's files to read; others read the rest.
     """
     try:
         entries = read_manifest(folder)
     except CheckpointError as error:
         return [problem.what for problem in error.problems]
-    problems = [file_problem(folder, entry) for entry in entries]
+    problems = [problem for entry in entries[share] if (problem := _file_problem(folder, entry)) is not None]
     if not any(entry.name == STATE_FILE for entry in entries):
-        problems.append("the manifest does not name state.json")
-    return [problem for problem in problems if problem is not None]
+        problems.append(f"{MANIFEST_FILE} does not name {STATE_FILE}")
+    return problems
 
 
 def write_state(folder: Path, state: TrainState) -> Path:

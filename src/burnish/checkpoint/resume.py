@@ -5,6 +5,7 @@ from __future__ import annotations
 import platform
 import shutil
 from collections.abc import Collection, Mapping
+from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 from typing import get_args
@@ -12,13 +13,10 @@ from typing import get_args
 from burnish.checkpoint.manifest import (
     ENGINE_FOLDER,
     FOLDER,
-    MANIFEST_FILE,
-    STATE_FILE,
     committed_paths,
-    file_problem,
-    read_manifest,
     read_state,
     step_of,
+    verify,
 )
 from burnish.config.schema import ResumableChange
 from burnish.engine.base import Engine
@@ -72,16 +70,7 @@ def _candidates(run_dir: Path, resume: str) -> list[Path]:
 
 def _verify_together(path: Path, ranks: Ranks) -> list[str]:
     """`manifest.verify` with the files dealt out among the ranks; every rank gets all problems."""
-    try:
-        entries = read_manifest(path)
-    except CheckpointError as error:
-        problems = [problem.what for problem in error.problems]
-    else:
-        mine = entries[ranks.rank :: ranks.world_size]
-        problems = [p for entry in mine if (p := file_problem(path, entry)) is not None]
-        if not any(entry.name == STATE_FILE for entry in entries):
-            problems.append(f"{MANIFEST_FILE} does not name {STATE_FILE}")
-    gathered = gather_objects(problems, ranks)
+    gathered = gather_objects(verify(path, slice(ranks.rank, None, ranks.world_size)), ranks)
     return list(dict.fromkeys(problem for one_rank in gathered for problem in one_rank))
 
 
@@ -186,8 +175,7 @@ def load_checkpoint(
     _check_length(path, state.step, num_steps)
     engine.load_state(path / ENGINE_FOLDER)
     _restore_random_state(state, ranks)
-    fields = {**state.__dict__, "fingerprints": dict(fingerprints), "versions": package_versions()}
-    return TrainState(**fields)
+    return replace(state, fingerprints=dict(fingerprints), versions=package_versions())
 
 
 def check_fingerprints(
