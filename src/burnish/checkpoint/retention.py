@@ -64,7 +64,7 @@ def _describe(path: Path, verify_bytes: bool) -> CheckpointInfo:
 
 
 def prune(run_dir: Path, keep: int, protected: Collection[Path] = ()) -> list[Path]:
-    """Remove all but the `keep` newest checkpoints; never the newest whole one or a protected one.
+    """Remove all but the `keep` newest checkpoints; never the best one or a protected one.
 
     By one process only. Folders without a manifest do not count among the `keep`: a damaged newer
     one must not push out the last that can be resumed from. What saves that died left is removed.
@@ -72,7 +72,7 @@ def prune(run_dir: Path, keep: int, protected: Collection[Path] = ()) -> list[Pa
     Args:
         run_dir: The run's folder.
         keep: How many to keep, at least 1.
-        protected: The best one, and the one resumed from.
+        protected: What stays besides, as the one resumed from.
 
     Returns:
         What was removed.

@@ -9,7 +9,6 @@ from typing import Any, Protocol, runtime_checkable
 
 from burnish.checkpoint.commit import save_checkpoint
 from burnish.checkpoint.fingerprints import changed_settings
-from burnish.checkpoint.manifest import checkpoint_path
 from burnish.checkpoint.resume import clear_the_way, find_checkpoint, load_checkpoint, package_versions
 from burnish.checkpoint.retention import prune
 from burnish.config.schema import Config
@@ -300,12 +299,12 @@ def _stop_for_signal(job: TrainJob, keeper: _Keeper, state: TrainState) -> None:
 
 
 class _Keeper:
-    """Saves checkpoints and removes old ones; knows which must stay."""
+    """Saves checkpoints and removes old ones, never the one that the run came from."""
 
     def __init__(self, job: TrainJob, state: TrainState, resumed_from: Path | None) -> None:
         self.good_state = state
         self._job = job
-        self._resumed_from = resumed_from
+        self._protected = [] if resumed_from is None else [resumed_from]
         self._last: tuple[int, Path] | None = None if resumed_from is None else (state.step, resumed_from)
 
     def save(self, state: TrainState) -> Path:
@@ -316,13 +315,7 @@ class _Keeper:
         path = save_checkpoint(job.engine, state, job.run_dir, job.ranks)
         self._last = (state.step, path)
         if job.ranks.is_main:
-            prune(job.run_dir, job.config.checkpoint.keep, self._protected(state))
+            prune(job.run_dir, job.config.checkpoint.keep, self._protected)
         job.recorder.event({"kind": "checkpoint", "step": state.step, "path": str(path)})
         barrier(job.ranks)
         return path
-
-    def _protected(self, state: TrainState) -> list[Path]:
-        protected = [] if self._resumed_from is None else [self._resumed_from]
-        if state.best_eval_step is not None:
-            protected.append(checkpoint_path(self._job.run_dir, state.best_eval_step))
-        return protected
