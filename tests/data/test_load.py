@@ -11,9 +11,18 @@ import pyarrow.feather
 import pyarrow.parquet as pq
 import pytest
 
+from burnish.config.check import DATA_SUFFIXES
 from burnish.config.schema import SourceConfig
 from burnish.data import json_files
-from burnish.data.load import content_hash, expand_source, file_facts, read_rows, source_names
+from burnish.data.load import (
+    COMPRESSIONS,
+    ROW_KINDS,
+    content_hash,
+    expand_source,
+    file_facts,
+    read_rows,
+    source_names,
+)
 from burnish.errors import DataError
 
 ROWS = [{"prompt": f'Say {i}, "twice"\nplease', "completion": "né 你好 " * i} for i in range(1, 8)]
@@ -165,6 +174,10 @@ def test_hub_names_go_through_datasets(tmp_path, monkeypatch):
     assert len(content_hash(source)) == 32
     with pytest.raises(DataError, match="slice"):
         expand_source(SourceConfig(path="owner/name", split="train[:10%]"))
+
+
+def test_what_is_read_is_what_the_config_is_checked_by() -> None:
+    assert set(DATA_SUFFIXES) == {*ROW_KINDS, *COMPRESSIONS}
 
 
 def test_a_hub_name_that_cannot_be_loaded_is_a_data_error(monkeypatch):

@@ -14,7 +14,11 @@ from burnish.config.schema import Config, SourceConfig
 from burnish.durable import try_writing, unreadable_files
 from burnish.errors import ConfigError, MachineError, Problem
 
-DATA_SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".arrow", ".gz", ".zst", ".xz", ".bz2")
+DATA_SUFFIXES = (
+    ".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arrow", ".feather",
+    ".gz", ".bz2", ".xz", ".zst",
+)  # fmt: skip
+"""Endings of files that hold rows, and of those compressed; a test holds them to what `data/load.py` has."""
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _CURE_READ = "Have its owner let you read it, or run as somebody who may."
 _GLOB = re.compile(r"[*?\[]")
@@ -167,8 +171,15 @@ def check_source(where: str, source: SourceConfig) -> Iterator[Problem]:
     elif _GLOB.search(path):
         if not glob.glob(path, recursive=True):  # noqa: PTH207 - Path.glob takes no absolute pattern
             yield Problem(where, f"no file matches {path}", _where_looked())
-    elif path.endswith(DATA_SUFFIXES) or not _HUB_NAME.fullmatch(path):
+    elif not may_be_hub_data(path):
         yield Problem(where, f"there is no file or folder {path}", _where_looked())
+
+
+def may_be_hub_data(path: str) -> bool:
+    """Whether a path where nothing is may name a data set on the hub: `owner/name`, `owner/name:config`."""
+    name, colon, config = path.partition(":")
+    is_config = not colon or re.fullmatch(r"[\w.-]+", config) is not None
+    return is_config and not path.lower().endswith(DATA_SUFFIXES) and _HUB_NAME.fullmatch(name) is not None
 
 
 def _where_looked() -> str:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from burnish.config.check import may_be_hub_data
 from burnish.config.schema import SourceConfig
 from burnish.data.arrow_files import count_rows, read_arrow, read_parquet
 from burnish.data.csv_files import read_csv
@@ -48,8 +49,6 @@ SPLIT_WORDS: Mapping[str, str] = {
     "eval": "validation",
 }
 """Words in file names that say which split a file belongs to."""
-
-_HUB_NAME = re.compile(r"^[\w.-]+(/[\w.-]+)?(:[\w.-]+)?$")
 
 
 @dataclass(frozen=True)
@@ -115,7 +114,7 @@ def expand_source(source: SourceConfig) -> list[Path]:
         files = [file for file in map(Path, found) if file.is_file()]
         if not files:
             raise DataError(Problem(source.path, "no file matches", "Look at the folder and the pattern."))
-    elif _HUB_NAME.match(source.path) and row_kind(path) is None:
+    elif may_be_hub_data(source.path):
         files = _hub_files(source)
     else:
         raise DataError(_missing(path))
