@@ -19,7 +19,7 @@ from burnish.data.json_files import read_json, read_jsonl
 from burnish.data.rows import COPY_AGAIN, Row, unreadable
 from burnish.errors import DataError, Problem
 
-__all__ = ["Row", "content_hash", "expand_source", "file_facts", "read_rows", "source_names"]
+__all__ = ["Row", "expand_source", "file_facts", "read_rows", "source_names"]
 
 ROW_KINDS: Mapping[str, str] = {
     ".jsonl": "jsonl",
@@ -230,16 +230,6 @@ def file_facts(path: Path) -> FileFacts:
         raise unreadable(path, error) from error
     num_rows = num_lines if by_lines else count_rows(path) if kind == "parquet" else None
     return FileFacts(digest.hexdigest(), num_bytes, num_rows)
-
-
-def content_hash(source: SourceConfig) -> str:
-    """xxh3-128 over the contents of every file of the source, in order; names do not count."""
-    import xxhash
-
-    digest = xxhash.xxh3_128()
-    for path in expand_source(source):
-        digest.update(file_facts(path).digest.encode("ascii"))
-    return digest.hexdigest()
 
 
 def read_rows(
