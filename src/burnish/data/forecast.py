@@ -60,8 +60,11 @@ def _drawn(config: Config, train: ExampleStore) -> list[Int64[np.ndarray, " exam
     num = max(1, min(num, _MOST_EXAMPLES, len(train)))
     draw = np.random.Generator(np.random.Philox(key=np.array([config.train.seed % 2**64, 0], np.uint64)))
     if config.data.mix == "weighted":
-        weights = [source.weight for source in config.data.train]
-        members = [np.flatnonzero(train.source_ids == i) for i in range(len(weights))]
+        members = [np.flatnonzero(train.source_ids == i) for i in range(len(config.data.train))]
+        # A source that is held out whole is for `plan_windows` to refuse, too.
+        weights = [
+            source.weight * bool(len(own)) for source, own in zip(config.data.train, members, strict=True)
+        ]
         per_source = list(zip(members, shares(weights, num), strict=True))
     else:
         per_source = [(np.arange(len(train)), num)]

@@ -360,7 +360,8 @@ def _source_shares(counts: ExampleCounts, data: DataConfig) -> list[int] | None:
         raise ValueError(f"{len(data.train)} sources in the config, {len(sizes)} in the data")
     empty = [source.path for source, size in zip(data.train, sizes, strict=True) if size == 0]
     if empty:
+        cure = "Lower data.eval_fraction, which holds out all of it." if data.eval_fraction else _LOOK
         raise DataError(
-            *(Problem("data.train", f"{path} has a weight but no usable example", _LOOK) for path in empty)
+            *(Problem("data.train", f"{path} has a weight but no usable example", cure) for path in empty)
         )
     return shares([source.weight for source in data.train], int(sizes.sum()))
