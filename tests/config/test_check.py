@@ -67,6 +67,7 @@ def folder(tmp_path, monkeypatch):
         ("--batch.micro_tokens 8192 --batch.micro_examples 2", "batch.micro_examples", "together"),
         ("--optim.name adafactor --engine.kind deepspeed", "optim.name", "whole matrices"),
         ("--optim.name adafactor --launch.num_processes 2", "optim.name", "engine.zero_stage: 0"),
+        ("--optim.name muon --engine.offload_optimizer cpu", "optim.name", "not supported with"),
         (
             "--optim.name muon --engine.kind deepspeed --engine.offload_optimizer cpu",
             "optim.name",

@@ -30,16 +30,7 @@ def check_config(config: Config) -> list[Problem]:
     Looks at the file system (data, model folder, template, checkpoint), never at the network, and
     imports nothing heavy. What only the tokenizer, the rows or the device can tell comes later.
     """
-    checks = (
-        _check_model,
-        _check_sources,
-        _check_data,
-        _check_batch,
-        _check_engine,
-        _check_training,
-        _check_run,
-        _check_output,
-    )
+    checks = (_check_model, _check_sources, _check_data, contradictions, _check_run, _check_output)
     problems: list[Problem] = []
     for check in checks:
         try:
@@ -48,6 +39,15 @@ def check_config(config: Config) -> list[Problem]:
             what = "may not be looked at: permission denied"
             problems.append(Problem(str(error.filename), what, _CURE_READ))
     return list(dict.fromkeys(problems))  # two checks may look at the same folder
+
+
+def contradictions(config: Config) -> Iterator[Problem]:
+    """Those of `check_config` that keys alone tell: a pure function."""
+    yield from _check_model_keys(config)
+    yield from _check_compile(config)
+    yield from _check_batch(config)
+    yield from _check_engine(config)
+    yield from _check_training(config)
 
 
 def require_output_dir(config: Config) -> None:
@@ -79,10 +79,13 @@ def _check_model(config: Config) -> Iterator[Problem]:
     if model.trust_remote_code and model.revision is None and not folder.is_dir():
         cure = "Pin the commit that you have read: model.revision: COMMIT."
         yield Problem("model.trust_remote_code", "is true for a hub model without model.revision", cure)
+
+
+def _check_model_keys(config: Config) -> Iterator[Problem]:
+    model = config.model
     if model.mlp_tile_tokens is not None and config.train.router_aux_loss != 0:
         what = "does not go with train.router_aux_loss: a router's balance is that of all tokens together"
         yield Problem("model.mlp_tile_tokens", what, "Leave one of them out.")
-    yield from _check_compile(config)
     if any(not token.strip() for token in model.add_tokens):
         yield Problem("model.add_tokens", "holds an empty token", "Take it out.")
     if config.adapter is not None and model.pad_vocab_multiple is not None:
@@ -309,8 +312,8 @@ def unsuited_optimizer(config: Config) -> Problem | None:
 
 
 def _check_training(config: Config) -> Iterator[Problem]:
-    processes, kind = config.launch.num_processes, config.engine.kind
-    is_deepspeed = kind == "deepspeed" or (kind == "auto" and processes not in (1, "auto"))
+    processes = config.launch.num_processes
+    is_deepspeed = config.engine.uses_deepspeed(1 if processes == "auto" else processes)
     problem = unsuited_optimizer(config) if is_deepspeed else None
     if problem is not None:
         yield problem
