@@ -30,7 +30,7 @@ def forecast_packing(config: Config, train: ExampleStore) -> dict[str, Any]:
         `padding_if_padded`, the share of positions that would be padding without packing.
     """
     data, batch = config.data, config.batch
-    budget = micro_budget(data, batch)
+    budget = micro_budget(batch, data.max_tokens)
     longest = int(train.num_tokens.max())
     if budget.tokens is not None and longest > budget.tokens:
         # `plan_windows` says what is wrong with that; a forecast is no place for it.
