@@ -204,8 +204,7 @@ class StepStats:
 
     @property
     def tokens_per_second(self) -> float:
-        """Tokens of all ranks together, padding not counted."""
-        """All tokens of the window over the step's time."""
+        """All tokens of the window over the step's time: those of all ranks together, padding not counted."""
         return self.num_tokens / self.seconds if self.seconds > 0 else float("nan")
 
 
