@@ -121,6 +121,13 @@ output_dir: runs/a
     assert len(found) == 21
 
 
+def test_a_wrong_key_hides_no_contradiction_of_others():
+    with pytest.raises(ConfigError) as caught:
+        given = ["--model.path", "some/model", "--data.train", "some/rows", "--output_dir", "runs/a"]
+        load_config(None, [*given, "--e", "1", "--data.max_tokens", "1"])
+    assert [problem.where for problem in caught.value.problems] == ["e", "data.max_tokens"]
+
+
 def test_a_wrong_key_does_not_raise_false_contradictions():
     found = problems(
         MINIMAL.replace("rows.jsonl", "[{path: rows.jsonl, weight: 2}]") + "data.mix: weighted\n"
