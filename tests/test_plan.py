@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from burnish.config.check import contradictions
 from burnish.config.schema import AdapterConfig, Config, OptimConfig, ScheduleConfig
 from burnish.errors import ConfigError
 from burnish.plan import (
@@ -256,6 +257,29 @@ def test_suggestions_make_it_fit(world_size, memory_gb, adapter) -> None:
     assert make_plan(after, counts, shape, world_size, device).fits
 
 
+@pytest.mark.parametrize(
+    "sections",
+    [
+        {"model": {"path": "m", "compile": True}},
+        {"model": {"path": "m", "pad_vocab_multiple": 64}},
+        {"optim": {"name": "muon"}},
+        {"engine": {"zero_stage": 0}},
+        {"optim": {"name": "adafactor"}, "engine": {"zero_stage": 0}},
+    ],
+)
+@pytest.mark.parametrize("world_size", [1, 8])
+@pytest.mark.parametrize("memory_gb", [8, 16, 24, 40, 60, 80, 120])
+def test_what_is_suggested_is_what_train_takes(sections, world_size, memory_gb) -> None:
+    device, shape = Device("some", memory_gb * GB, 1e14), ModelShape.from_config_json(LLAMA_8B)
+    before = config(**sections, launch={"num_processes": world_size})
+    raw = before.model_dump()
+    for line in make_plan(before, window_counts(), shape, world_size, device).suggestions:
+        key, value = line.split(": ")
+        section, name = key.split(".")
+        raw[section] = (raw[section] or {}) | {name: int(value) if value.isdigit() else value}
+    assert list(contradictions(Config.model_validate(raw))) == []
+
+
 def test_nothing_helps_a_model_that_is_far_too_large() -> None:
     plan = make_plan(
         config(), window_counts(), ModelShape.from_config_json(LLAMA_8B), 1, Device("tiny", GB, 1e12)
@@ -305,6 +329,7 @@ def test_devices_are_found_by_what_torch_calls_them() -> None:
         assert found is not None
         assert found.name.startswith(ours)
     assert find_device("Apple M9") is None
+    assert find_device("NVIDIA L40") is None
 
 
 def test_sizes_and_times_read_well() -> None:

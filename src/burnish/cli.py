@@ -218,8 +218,7 @@ def evaluate(*target: Flags, data: list[str] | None = None, as_json: AsJson = Fa
     _log_to_stderr()
     from burnish.scoring import score
 
-    text = score(target, data or [], as_json)
-    _say(text)
+    _say(score(target, data or [], as_json))
 
 
 @app.command

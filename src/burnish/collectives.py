@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from burnish.errors import MachineError, Problem
+from burnish.errors import MachineError, Problem, counted
 from burnish.launch import launch
 from burnish.runtime import (
     Ranks,
@@ -57,8 +57,7 @@ class CollectiveReport:
     carries, comparable over any number of ranks (the definition of NVIDIA's nccl-tests)."""
 
     def __str__(self) -> str:
-        num_hosts = len(set(self.hosts))
-        hosts = f"{num_hosts} host" + ("s" if num_hosts > 1 else "")
+        hosts = counted(len(set(self.hosts)), "host")
         return (
             f"{self.world_size} ranks on {hosts} over {self.backend}: joined in "
             f"{self.joining_seconds:.1f} s, barrier {self.barrier_seconds * 1e3:.2f} ms, "

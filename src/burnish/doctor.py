@@ -31,13 +31,11 @@ MIN_DISK_BYTES = 20 * GIB
 MIN_SHM_BYTES = GIB
 """NCCL and data workers share memory through /dev/shm; containers come with 64 MiB of it."""
 MIN_OPEN_FILES = 4096
-_OPTIONAL = {
-    "deepspeed": "engine.kind: deepspeed",
-    "bitsandbytes": "adapter.quantize",
-    "wandb": "the wandb tracker",
-    "mlflow": "the mlflow tracker",
-    "trackio": "the trackio tracker",
+_OFTEN_WANTED = {
+    "deepspeed": "several processes (engine.kind: deepspeed)",
+    "bitsandbytes": "adapter.quantize and optim.name: adamw_8bit",
 }
+_TRACKERS = ("wandb", "mlflow", "trackio")
 _COMMAND_SECONDS = 20.0
 
 
@@ -126,12 +124,13 @@ def _look_at_packages() -> Iterator[Finding]:
     if missing:
         yield Finding("packages", f"missing: {', '.join(missing)}", "bad", "pip install burnish")
     yield Finding("packages", ", ".join(f"{name} {v}" for name, v in versions.items() if v is not None))
-    for name, use in _OPTIONAL.items():
+    for name in (*_OFTEN_WANTED, *_TRACKERS):
         version = _version(name)
         if version is not None:
             yield Finding(name, version)
-        elif name in ("deepspeed", "bitsandbytes"):
-            yield Finding(name, f"not installed; {use} needs it", "note", f"pip install {name}")
+        elif name in _OFTEN_WANTED:
+            what = f"not installed; needed for {_OFTEN_WANTED[name]}"
+            yield Finding(name, what, "note", f"pip install {name}")
 
 
 def _version(package: str) -> str | None:

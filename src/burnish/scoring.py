@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -63,10 +63,10 @@ def evaluate_model(config: Config) -> EvalStats:
     out, or on all of `data.train`'s where it holds out none.
 
     Raises:
-        ConfigError: `data.eval_fraction` is set, but there are too few rows to hold one out.
+        ConfigError: `data.eval_fraction` is set, but there are too few rows that differ to hold one out.
     """
     from burnish.data.prepare import prepare
-    from burnish.data.tokenizer import load_tokenizer, vocabulary_of
+    from burnish.data.tokenizer import load_tokenizer, padding_id, vocabulary_of
     from burnish.data.vocabulary import require_rows
     from burnish.data.windows import eval_cuts
     from burnish.engine.build import COMPUTE_DTYPES
@@ -89,8 +89,8 @@ def evaluate_model(config: Config) -> EvalStats:
     model = SupervisedModel(model, capability)
     scorer = LocalScorer(model, device=device, compute_dtype=COMPUTE_DTYPES[config.model.dtype])
     cuts = eval_cuts(store, config.batch, 1, capability.packed)
-    pad: Any = tokenizer.pad_token_id
-    return evaluate(scorer, store, cuts, ranks, step=0, packed=capability.packed, pad_token_id=pad or 0)
+    pad = padding_id(tokenizer)
+    return evaluate(scorer, store, cuts, ranks, step=0, packed=capability.packed, pad_token_id=pad)
 
 
 def _evaluated(config: Config, data: PreparedData) -> ExampleStore:
@@ -99,7 +99,8 @@ def _evaluated(config: Config, data: PreparedData) -> ExampleStore:
         return data.train
     if data.eval is None:
         cure = "Give --data FILE, or set data.eval."
-        raise ConfigError(Problem("data.eval_fraction", "holds out nothing: there is one example", cure))
+        what = "holds out nothing: there is one example, or all come from equal rows"
+        raise ConfigError(Problem("data.eval_fraction", what, cure))
     if data.fingerprint != _trained_on(config):
         log.warning(
             "The data, or a key that decides what becomes of it, is not as it was when %s was trained: "
@@ -191,7 +192,7 @@ def _config_of_model(path: str, flags: list[str], data: Sequence[str], scratch: 
     if not data:
         raise ConfigError(_no_data(path))
     _require_files(data)
-    sources = "[" + ", ".join(f'"{name}"' for name in data) + "]"
+    sources = json.dumps(list(data))  # JSON is YAML too, and takes every name
     config = load_config(
         None, ["--model.path", "a/b", "--data.train", sources, f"--output_dir={scratch}/run", *flags]
     )
@@ -224,10 +225,6 @@ def _eval_data(config: Config, data: Sequence[str]) -> dict[str, Any]:
     raise ConfigError(Problem("data.eval", "is not set, and data.eval_fraction neither", cure))
 
 
-def _line(name: str, numbers: Any) -> str:
-    import math
-
-    perplexity = math.exp(numbers["loss"]) if numbers["loss"] < 700 else float("inf")
-    tokens = numbers.get("num_supervised_tokens")
-    count = "" if tokens is None else f"{int(tokens):,}"
-    return f"{name:<32} {numbers['loss']:>10.4f} {perplexity:>12.4f} {count:>12}"
+def _line(name: str, numbers: Mapping[str, float | int]) -> str:
+    loss, perplexity, num_tokens = (numbers[key] for key in ("loss", "perplexity", "num_supervised_tokens"))
+    return f"{name:<32} {loss:>10.4f} {perplexity:>12.4f} {num_tokens:>12,}"

@@ -130,7 +130,7 @@ def gather(config: Config, num_examples: int, source: str | None = None, row: st
         raise DataError(*_nothing_to_show(lost), heading="")
     packed = config.data.packing != "off"
     lengths = np.array([len(example.token_ids) for example in examples], np.int64)
-    cuts = pack_window(lengths, 1, micro_budget(config.data, config.batch), CostModel(), packed)[0]
+    cuts = pack_window(lengths, 1, micro_budget(config.batch, config.data.max_tokens), CostModel(), packed)[0]
     return View(
         facts=_facts(config, tokenizer, template, lost),
         template=template,

@@ -250,6 +250,9 @@ def test_the_verb_writes_a_file_and_never_over_another(config_path, capsys):
     assert verb(*words) == 0  # the same again is no loss
     assert verb(*words, "--train.epochs", "2") == 2
     assert "is there already" in capsys.readouterr().err
+    Path("model.bin").write_bytes(b"\xff\xfe")
+    assert verb(*words, "--out", "model.bin") == 2
+    assert "model.bin is there already" in capsys.readouterr().err
     assert verb("k8s", "sft.yaml") == 2
     assert "--image" in capsys.readouterr().err
     assert verb("slurm", "--num-nodes", "2") == 2

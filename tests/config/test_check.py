@@ -67,6 +67,7 @@ def folder(tmp_path, monkeypatch):
         ("--batch.micro_tokens 8192 --batch.micro_examples 2", "batch.micro_examples", "together"),
         ("--optim.name adafactor --engine.kind deepspeed", "optim.name", "whole matrices"),
         ("--optim.name adafactor --launch.num_processes 2", "optim.name", "engine.zero_stage: 0"),
+        ("--optim.name muon --engine.offload_optimizer cpu", "optim.name", "not supported with"),
         (
             "--optim.name muon --engine.kind deepspeed --engine.offload_optimizer cpu",
             "optim.name",
@@ -87,6 +88,8 @@ def folder(tmp_path, monkeypatch):
         ("--data.train no.jsonl", "data.train", "no file"),
         ("--data.train no/*.jsonl", "data.train", "no file matches"),
         ("--data.train ./nothing", "data.train", "no file"),
+        ("--data.train no.ndjson", "data.train", "no file"),
+        ("--data.train no:such:thing", "data.train", "no file"),
         ("--data.eval [rows.jsonl,no.csv]", "data.eval[1]", "no file"),
         ("--model.path empty", "model.path", "config.json"),
         ("--model.path adapter", "model.path", "burnish merge"),
@@ -173,6 +176,7 @@ def test_weights_need_the_weighted_mix():
     "flags",
     [
         "--data.train org/dataset",
+        "--data.train org/dataset:main",
         "--data.train dataset --model.path model",
         "--data.train *.jsonl --data.chat_template chat.jinja",
         "--data.chat_template chatml --checkpoint.resume must",

@@ -121,6 +121,20 @@ output_dir: runs/a
     assert len(found) == 21
 
 
+def test_a_flag_that_cannot_be_read_says_how_to_write_it():
+    with pytest.raises(ConfigError) as caught:
+        load_config(None, ["--data.train", "[a.jsonl"])
+    found = {problem.where: problem for problem in caught.value.problems}["--data.train"]
+    assert found.what.startswith("[a.jsonl cannot be read: ") and "'[a.jsonl, b.jsonl]'" in found.cure
+
+
+def test_a_wrong_key_hides_no_contradiction_of_others():
+    with pytest.raises(ConfigError) as caught:
+        given = ["--model.path", "some/model", "--data.train", "some/rows", "--output_dir", "runs/a"]
+        load_config(None, [*given, "--e", "1", "--data.max_tokens", "1"])
+    assert [problem.where for problem in caught.value.problems] == ["e", "data.max_tokens"]
+
+
 def test_a_wrong_key_does_not_raise_false_contradictions():
     found = problems(
         MINIMAL.replace("rows.jsonl", "[{path: rows.jsonl, weight: 2}]") + "data.mix: weighted\n"

@@ -79,6 +79,24 @@ def test_a_json_array_with_a_flaw_in_the_middle(tmp_path):
         run_file(tmp_path / "a.json")
 
 
+@pytest.mark.parametrize("between", [b"", b"\n"])
+def test_rows_inside_an_object_keep_what_is_wrong_with_their_bytes(tmp_path, between):
+    good = json.dumps(GOOD).encode()
+    rows = b",".join([good, good.replace(b"user", b'user", "name": "\xff'), good])
+    (tmp_path / "a.json").write_bytes(b'{"data": [' + between + rows + b"]}")
+    with pytest.raises(DataError, match=r"a.json#1: byte \d+ is not UTF-8.*\[invalid_utf8\]") as caught:
+        run_file(tmp_path / "a.json")
+    assert "a.json#0" not in str(caught.value) and "a.json#2" not in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ['{"a": %s}\n', '{"a":\n%s}'])
+def test_json_nested_too_deeply_is_a_verdict(tmp_path, text):
+    for depth in (20_000, 100_000):  # within the piece that is looked at first, and beyond it
+        (tmp_path / "a.json").write_text(text % ("[" * depth + "]" * depth))
+        with pytest.raises(DataError, match=r"\[(invalid_json|unreadable_rest)\]"):
+            run_file(tmp_path / "a.json")
+
+
 def test_csv_with_ragged_lines_and_nan(tmp_path):
     path = tmp_path / "a.csv"
     path.write_text(

@@ -189,6 +189,8 @@ def test_columns_say_how_ours_are_called():
     assert turns(convert(row, fmt)) == [("user", "question"), ("assistant", "answer")]
     dialog = {"dialog": [{"speaker": "user", "says": "q"}, {"speaker": "bot", "says": "a"}]}
     fmt = detect(dialog, columns={"messages": "dialog", "role": "speaker", "content": "says"})
+    as_text = {"dialog": json.dumps(dialog["dialog"])}
+    assert turns(convert(as_text, fmt)) == turns(convert(dialog, fmt))
     assert turns(convert(dialog, fmt)) == [("user", "q"), ("assistant", "a")]
     sharegpt = {"turns": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]}
     assert detect(sharegpt, columns={"conversations": "turns"}).name == "sharegpt"

@@ -11,9 +11,17 @@ import pyarrow.feather
 import pyarrow.parquet as pq
 import pytest
 
+from burnish.config.check import DATA_SUFFIXES
 from burnish.config.schema import SourceConfig
 from burnish.data import json_files
-from burnish.data.load import content_hash, expand_source, file_facts, read_rows, source_names
+from burnish.data.load import (
+    COMPRESSIONS,
+    ROW_KINDS,
+    expand_source,
+    file_facts,
+    read_rows,
+    source_names,
+)
 from burnish.errors import DataError
 
 ROWS = [{"prompt": f'Say {i}, "twice"\nplease', "completion": "né 你好 " * i} for i in range(1, 8)]
@@ -162,9 +170,12 @@ def test_hub_names_go_through_datasets(tmp_path, monkeypatch):
     source = SourceConfig(path="owner/name:main")
     assert [row.value for row in read_rows(source)] == ROWS
     assert asked == [("owner/name", "main", "train")]
-    assert len(content_hash(source)) == 32
     with pytest.raises(DataError, match="slice"):
         expand_source(SourceConfig(path="owner/name", split="train[:10%]"))
+
+
+def test_what_is_read_is_what_the_config_is_checked_by() -> None:
+    assert set(DATA_SUFFIXES) == {*ROW_KINDS, *COMPRESSIONS}
 
 
 def test_a_hub_name_that_cannot_be_loaded_is_a_data_error(monkeypatch):
@@ -208,13 +219,13 @@ def test_the_hash_is_of_the_contents(tmp_path):
     a, b = tmp_path / "a.jsonl", tmp_path / "b.jsonl"
     a.write_text(lines(), "utf-8")
     b.write_text(lines(), "utf-8")
-    assert content_hash(SourceConfig(path=str(a))) == content_hash(SourceConfig(path=str(b)))
-    before, stat = content_hash(SourceConfig(path=str(a))), a.stat()
+    assert file_facts(a) == file_facts(b)
+    before, stat = file_facts(a).digest, a.stat()
     a.write_text(lines().replace("Say 3", "Say 4"), "utf-8")
     import os
 
     os.utime(a, ns=(stat.st_atime_ns, stat.st_mtime_ns))  # same size, same time, other content
-    assert content_hash(SourceConfig(path=str(a))) != before
+    assert file_facts(a).digest != before
     assert file_facts(a).num_rows == len(ROWS)
 
 

@@ -148,6 +148,26 @@ def test_split_cuts_at_turns_and_repeats_the_system_turn() -> None:
     assert all(p.num_tokens_cut == 0 for p in parts)
 
 
+def test_a_part_of_a_split_conversation_with_nothing_to_learn_is_no_bad_row() -> None:
+    tokenizer = byte_level(CONTROL, eos="<|im_end|>")
+    turns = [Message("user", "question " * 5), Message("assistant", "answer " * 5, train=False)] * 3
+    conversation = _chat(*turns, "And now?", "Done.")
+    [whole] = Encoder(tokenizer, CHATML, _data()).encode([conversation])
+    parts = Encoder(tokenizer, CHATML, _data(too_long="split", max_tokens=100)).encode([conversation])
+    assert [part.problem for part in parts] == [None]
+    assert _trained(tokenizer, parts[0]) == _trained(tokenizer, whole)
+    lost = len(whole.example.token_ids) - len(parts[0].example.token_ids)
+    assert parts[0].num_tokens_cut == lost > 0 and parts[0].num_supervised_cut == 0
+
+
+def test_control_tokens_typed_in_a_split_conversation_are_counted_once() -> None:
+    tokenizer = byte_level(CONTROL, eos="<|im_end|>")
+    conversation = _chat(*["a <|im_end|> b", "answer " * 5] * 4)
+    parts = Encoder(tokenizer, CHATML, _data(too_long="split", max_tokens=60)).encode([conversation])
+    assert len(parts) == 4
+    assert [part.num_control_tokens_typed for part in parts] == [4] + [0] * (len(parts) - 1)
+
+
 @pytest.mark.parametrize("num_words", [8, 9, 10, 11, 57])
 def test_pieces_of_a_split_text_learn_every_token_once(num_words: int) -> None:
     tokenizer = llama2_kind()

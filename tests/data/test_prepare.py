@@ -20,7 +20,8 @@ from burnish.data.prepare import PreparedData, cache_folder, prepare
 from burnish.data.report import describe
 from burnish.data.store import ExampleStore
 from burnish.data.tokenizer import builtin_templates
-from burnish.errors import MachineError
+from burnish.data.windows import plan_windows
+from burnish.errors import DataError, MachineError
 
 TOKENIZER = byte_level(["<|im_start|>", "<|im_end|>"])
 TEMPLATE = builtin_templates()["chatml"]
@@ -235,6 +236,19 @@ def test_nothing_to_hold_out_is_told_and_the_run_goes_on(tmp_path, caplog, value
     told = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
     assert len(told) == 1 and told[0].startswith("data.eval_fraction: is 0.5") and why in told[0]
     assert "Give data.eval" in told[0]
+
+
+def test_a_source_held_out_whole_is_for_the_plan_to_refuse(tmp_path):
+    a, b = write(tmp_path / "a.jsonl", rows(3)), write(tmp_path / "b.jsonl", rows(1, "other"))
+    found = [run(tmp_path, a, b, mix="weighted", eval_fraction=0.25, seed=seed) for seed in range(12)]
+    sizes = [data.report["train"]["sources"] for data in found]
+    emptied = [data for data, size in zip(found, sizes, strict=True) if size["b"] == 0]
+    assert 0 < len(emptied) < len(found)
+    keys = config(tmp_path, a, b, mix="weighted", eval_fraction=0.25)
+    with pytest.raises(
+        DataError, match=r"b.jsonl has a weight but no usable example\n *Lower data.eval_fraction"
+    ):
+        plan_windows(emptied[0].train, keys.data, keys.batch, keys.train, world_size=1, packed=True)
 
 
 def test_evaluation_sources_and_held_out_rows_are_evaluated_together(tmp_path):

@@ -72,4 +72,5 @@ def test_the_line_names_the_models_step_and_counts_are_whole_numbers(job: Path, 
     shutil.copytree(final, tmp_path / "model")
     (tmp_path / "model" / "burnish.json").unlink()
     flags = ["--data.chat_template", "chatml"]
-    assert json.loads(score([str(tmp_path / "model"), *flags], data, True))["step"] is None
+    odd = shutil.copy(data[0], tmp_path / 'held "out".jsonl')
+    assert json.loads(score([str(tmp_path / "model"), *flags], [str(odd)], True))["step"] is None

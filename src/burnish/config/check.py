@@ -14,7 +14,11 @@ from burnish.config.schema import Config, SourceConfig
 from burnish.durable import try_writing, unreadable_files
 from burnish.errors import ConfigError, MachineError, Problem
 
-DATA_SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".arrow", ".gz", ".zst", ".xz", ".bz2")
+DATA_SUFFIXES = (
+    ".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arrow", ".feather",
+    ".gz", ".bz2", ".xz", ".zst",
+)  # fmt: skip
+"""Endings of files that hold rows, and of those compressed; a test holds them to what `data/load.py` has."""
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _CURE_READ = "Have its owner let you read it, or run as somebody who may."
 _GLOB = re.compile(r"[*?\[]")
@@ -26,16 +30,7 @@ def check_config(config: Config) -> list[Problem]:
     Looks at the file system (data, model folder, template, checkpoint), never at the network, and
     imports nothing heavy. What only the tokenizer, the rows or the device can tell comes later.
     """
-    checks = (
-        _check_model,
-        _check_sources,
-        _check_data,
-        _check_batch,
-        _check_engine,
-        _check_training,
-        _check_run,
-        _check_output,
-    )
+    checks = (_check_model, _check_sources, _check_data, contradictions, _check_run, _check_output)
     problems: list[Problem] = []
     for check in checks:
         try:
@@ -44,6 +39,15 @@ def check_config(config: Config) -> list[Problem]:
             what = "may not be looked at: permission denied"
             problems.append(Problem(str(error.filename), what, _CURE_READ))
     return list(dict.fromkeys(problems))  # two checks may look at the same folder
+
+
+def contradictions(config: Config) -> Iterator[Problem]:
+    """Those of `check_config` that keys alone tell: a pure function."""
+    yield from _check_model_keys(config)
+    yield from _check_compile(config)
+    yield from _check_batch(config)
+    yield from _check_engine(config)
+    yield from _check_training(config)
 
 
 def require_output_dir(config: Config) -> None:
@@ -75,10 +79,13 @@ def _check_model(config: Config) -> Iterator[Problem]:
     if model.trust_remote_code and model.revision is None and not folder.is_dir():
         cure = "Pin the commit that you have read: model.revision: COMMIT."
         yield Problem("model.trust_remote_code", "is true for a hub model without model.revision", cure)
+
+
+def _check_model_keys(config: Config) -> Iterator[Problem]:
+    model = config.model
     if model.mlp_tile_tokens is not None and config.train.router_aux_loss != 0:
         what = "does not go with train.router_aux_loss: a router's balance is that of all tokens together"
         yield Problem("model.mlp_tile_tokens", what, "Leave one of them out.")
-    yield from _check_compile(config)
     if any(not token.strip() for token in model.add_tokens):
         yield Problem("model.add_tokens", "holds an empty token", "Take it out.")
     if config.adapter is not None and model.pad_vocab_multiple is not None:
@@ -167,8 +174,15 @@ def check_source(where: str, source: SourceConfig) -> Iterator[Problem]:
     elif _GLOB.search(path):
         if not glob.glob(path, recursive=True):  # noqa: PTH207 - Path.glob takes no absolute pattern
             yield Problem(where, f"no file matches {path}", _where_looked())
-    elif path.endswith(DATA_SUFFIXES) or not _HUB_NAME.fullmatch(path):
+    elif not may_be_hub_data(path):
         yield Problem(where, f"there is no file or folder {path}", _where_looked())
+
+
+def may_be_hub_data(path: str) -> bool:
+    """Whether a path where nothing is may name a data set on the hub: `owner/name`, `owner/name:config`."""
+    name, colon, config = path.partition(":")
+    is_config = not colon or re.fullmatch(r"[\w.-]+", config) is not None
+    return is_config and not path.lower().endswith(DATA_SUFFIXES) and _HUB_NAME.fullmatch(name) is not None
 
 
 def _where_looked() -> str:
@@ -298,8 +312,8 @@ def unsuited_optimizer(config: Config) -> Problem | None:
 
 
 def _check_training(config: Config) -> Iterator[Problem]:
-    processes, kind = config.launch.num_processes, config.engine.kind
-    is_deepspeed = kind == "deepspeed" or (kind == "auto" and processes not in (1, "auto"))
+    processes = config.launch.num_processes
+    is_deepspeed = config.engine.uses_deepspeed(1 if processes == "auto" else processes)
     problem = unsuited_optimizer(config) if is_deepspeed else None
     if problem is not None:
         yield problem

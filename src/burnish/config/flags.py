@@ -64,7 +64,8 @@ def _put(tree: dict[str, Any], name: str, text: str) -> Problem | None:
         as_text = _takes(name) in ("text", "text, or null") and text != "null"
         value = text if as_text else read_value(text)
     except ConfigError as error:
-        return Problem(f"--{name}", f"has a value that cannot be read: {error.problems[0].what}", text)
+        cure = "Write a list as '[a.jsonl, b.jsonl]', a mapping as '{key: value}', each key once, in quotes."
+        return Problem(f"--{name}", f"{text} cannot be read: {error.problems[0].what}", cure)
     *above, leaf = name.split(".")
     parent: Any = tree
     for depth, part in enumerate(above):

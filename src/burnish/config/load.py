@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import difflib
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -127,7 +128,7 @@ class _Reader:
     def concerns_bad_key(self, problem: Problem) -> bool:
         """Whether a contradiction may only come from a wrong key's default."""
         text = f"{problem.where} {problem.what} {problem.cure}"
-        return any(key in text for key in self.bad_keys)
+        return any(re.search(rf"(?<![\w.]){re.escape(key)}(?!\w)", text) for key in self.bad_keys)
 
     def _fill_empty_sections(self) -> None:
         for name, value in list(self.tree.items()):

@@ -105,7 +105,7 @@ class BatchEncoder:
         findings: list[Finding],
     ) -> BatchResult:
         examples: list[Example] = []
-        warnings: list[tuple[str, ...]] = []
+        warnings: list[tuple[str, str]] = []
         cuts: list[tuple[int, int]] = []
         hashes: list[int] = []
         pieces: list[int] = []
@@ -116,19 +116,18 @@ class BatchEncoder:
                 findings.append(self._lost(used[encoded.index], encoded.problem, encoded))
             elif encoded.example is not None:
                 examples.append(encoded.example)
-                warnings.append(encoded.warnings)
+                warnings += [(text, encoded.example.row) for text in encoded.warnings]
                 cuts.append((encoded.num_tokens_cut, encoded.num_supervised_cut))
                 hashes.append(row_hash(conversations[encoded.index]))
                 pieces.append(pieces[-1] + 1 if encoded.index == last else 0)
                 last = encoded.index
-        warned = [(text, e.row) for e, texts in zip(examples, warnings, strict=True) for text in texts]
         return BatchResult(
             num_rows,
             num_kept=pieces.count(0),
-            tokens=tokens_batch(examples, warnings),
+            tokens=tokens_batch(examples),
             index=index_batch(examples, cuts, hashes, pieces),
             findings=tuple(findings),
-            warnings=tuple(warned),
+            warnings=tuple(warnings),
             num_control_tokens=num_control_tokens,
         )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -113,6 +114,17 @@ def halves(conversation: Conversation, train_on: str) -> tuple[Conversation, Con
     lead = messages[:num_lead]
     return replace(conversation, messages=messages[:cut]), replace(
         conversation, messages=lead + messages[cut:]
+    )
+
+
+def without_idle(parts: Sequence[Encoded]) -> list[Encoded]:
+    """Parts of one conversation less those with nothing to learn, whose tokens are lost with the first one
+    left: the row is used, and is not to count as dropped because its first turns were only to be read."""
+    is_idle = [part.problem is not None and part.problem.rule == "no_supervised_tokens" for part in parts]
+    lost = sum(part.num_tokens_cut for part, idle in zip(parts, is_idle, strict=True) if idle)
+    kept = [part for part, idle in zip(parts, is_idle, strict=True) if not idle]
+    return (
+        [replace(kept[0], num_tokens_cut=kept[0].num_tokens_cut + lost), *kept[1:]] if kept else list(parts)
     )
 
 

@@ -30,7 +30,7 @@ def forecast_packing(config: Config, train: ExampleStore) -> dict[str, Any]:
         `padding_if_padded`, the share of positions that would be padding without packing.
     """
     data, batch = config.data, config.batch
-    budget = micro_budget(data, batch)
+    budget = micro_budget(batch, data.max_tokens)
     longest = int(train.num_tokens.max())
     if budget.tokens is not None and longest > budget.tokens:
         # `plan_windows` says what is wrong with that; a forecast is no place for it.
@@ -60,8 +60,11 @@ def _drawn(config: Config, train: ExampleStore) -> list[Int64[np.ndarray, " exam
     num = max(1, min(num, _MOST_EXAMPLES, len(train)))
     draw = np.random.Generator(np.random.Philox(key=np.array([config.train.seed % 2**64, 0], np.uint64)))
     if config.data.mix == "weighted":
-        weights = [source.weight for source in config.data.train]
-        members = [np.flatnonzero(train.source_ids == i) for i in range(len(weights))]
+        members = [np.flatnonzero(train.source_ids == i) for i in range(len(config.data.train))]
+        # A source that is held out whole is for `plan_windows` to refuse, too.
+        weights = [
+            source.weight * bool(len(own)) for source, own in zip(config.data.train, members, strict=True)
+        ]
         per_source = list(zip(members, shares(weights, num), strict=True))
     else:
         per_source = [(np.arange(len(train)), num)]

@@ -11,7 +11,7 @@ from typing import Any
 
 from burnish.config.row_rules import RULES, Policy
 from burnish.config.schema import SourceConfig
-from burnish.data.messages import normal_messages, ordered_turns
+from burnish.data.messages import message_list, normal_messages, ordered_turns
 from burnish.data.problems import RowProblem, shorten
 from burnish.data.rows import Row
 from burnish.data.texts import Mender, as_text, clean_value, is_missing, parsed_json
@@ -239,9 +239,9 @@ class _Cells:
 
 
 def _from_messages(row: Row, cells: _Cells) -> Conversation:
-    value = cells.need("messages")
+    value = message_list(cells.need("messages"), cells.mender)
     renamed = {cells.columns[key]: key for key in _MESSAGE_KEYS if key in cells.columns}
-    if renamed and isinstance(value, list):
+    if renamed:
         value = [{renamed.get(k, k): v for k, v in m.items()} if isinstance(m, dict) else m for m in value]
     return cells.conversation(row, normal_messages(value, cells.text("system"), cells.mender))
 

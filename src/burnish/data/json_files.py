@@ -74,7 +74,7 @@ def read_json(path: Path, source: str, split: str) -> Iterator[Row]:
             if inner is None:
                 yield row
             else:
-                yield from _indexed(inner, path, source)
+                yield from _indexed(inner, path, source, row.problem)
 
 
 def _is_json_lines(head: bytes) -> bool:
@@ -86,6 +86,8 @@ def _is_json_lines(head: bytes) -> bool:
         json.loads(line.decode("utf-8", errors="replace"))
     except ValueError:
         return False
+    except RecursionError:
+        return True  # `read_jsonl` says which line it is
     return True
 
 
@@ -101,9 +103,13 @@ def _wrapped_rows(value: Mapping[str, Any], split: str) -> list[Any] | None:
     return None
 
 
-def _indexed(values: Sequence[Any], path: Path, source: str) -> Iterator[Row]:
+def _indexed(values: Sequence[Any], path: Path, source: str, problem: RowProblem | None) -> Iterator[Row]:
+    """Rows out of an object around them. Bytes of it that are no UTF-8 are a problem of the rows that hold
+    what became of them."""
+    is_mended = problem is not None and problem.rule == "invalid_utf8"
     for index, value in enumerate(values):
-        yield object_row(value, source, f"{path}#{index}")
+        own = problem if is_mended and "\ufffd" in repr(value) else None
+        yield object_row(value, source, f"{path}#{index}", own)
 
 
 def _read_wrapped(path: Path, source: str, split: str) -> Iterator[Row]:
@@ -116,14 +122,14 @@ def _read_wrapped(path: Path, source: str, split: str) -> Iterator[Row]:
         try:
             text, problem = decode_utf8(stream.read())
             value = json.loads(text.removeprefix("\ufeff"))
-        except (*BROKEN, ValueError) as error:
+        except (*BROKEN, ValueError, RecursionError) as error:
             yield Row(source, f"{path}:1", None, RowProblem("unreadable_rest", f"not JSON: {error}"))
             return
     rows = _wrapped_rows(value, split)
     if rows is None:
         yield object_row(value, source, f"{path}:1", problem)
     else:
-        yield from _indexed(rows, path, source)
+        yield from _indexed(rows, path, source, problem)
 
 
 class JsonArray:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from burnish.config.check import may_be_hub_data
 from burnish.config.schema import SourceConfig
 from burnish.data.arrow_files import count_rows, read_arrow, read_parquet
 from burnish.data.csv_files import read_csv
@@ -18,7 +19,7 @@ from burnish.data.json_files import read_json, read_jsonl
 from burnish.data.rows import COPY_AGAIN, Row, unreadable
 from burnish.errors import DataError, Problem
 
-__all__ = ["Row", "content_hash", "expand_source", "file_facts", "read_rows", "source_names"]
+__all__ = ["Row", "expand_source", "file_facts", "read_rows", "source_names"]
 
 ROW_KINDS: Mapping[str, str] = {
     ".jsonl": "jsonl",
@@ -48,8 +49,6 @@ SPLIT_WORDS: Mapping[str, str] = {
     "eval": "validation",
 }
 """Words in file names that say which split a file belongs to."""
-
-_HUB_NAME = re.compile(r"^[\w.-]+(/[\w.-]+)?(:[\w.-]+)?$")
 
 
 @dataclass(frozen=True)
@@ -115,7 +114,7 @@ def expand_source(source: SourceConfig) -> list[Path]:
         files = [file for file in map(Path, found) if file.is_file()]
         if not files:
             raise DataError(Problem(source.path, "no file matches", "Look at the folder and the pattern."))
-    elif _HUB_NAME.match(source.path) and row_kind(path) is None:
+    elif may_be_hub_data(source.path):
         files = _hub_files(source)
     else:
         raise DataError(_missing(path))
@@ -231,16 +230,6 @@ def file_facts(path: Path) -> FileFacts:
         raise unreadable(path, error) from error
     num_rows = num_lines if by_lines else count_rows(path) if kind == "parquet" else None
     return FileFacts(digest.hexdigest(), num_bytes, num_rows)
-
-
-def content_hash(source: SourceConfig) -> str:
-    """xxh3-128 over the contents of every file of the source, in order; names do not count."""
-    import xxhash
-
-    digest = xxhash.xxh3_128()
-    for path in expand_source(source):
-        digest.update(file_facts(path).digest.encode("ascii"))
-    return digest.hexdigest()
 
 
 def read_rows(

@@ -26,7 +26,15 @@ from tokenizers import Tokenizer
 from burnish.config.schema import DataConfig
 from burnish.data import stamp
 from burnish.data.control import Aliased, ControlTokens
-from burnish.data.fit import Encoded, example_of, halves, num_supervised, token_pieces, truncated
+from burnish.data.fit import (
+    Encoded,
+    example_of,
+    halves,
+    num_supervised,
+    token_pieces,
+    truncated,
+    without_idle,
+)
 from burnish.data.problems import RowProblem
 from burnish.data.render import ChatRenderer, Span
 from burnish.data.tiling import TextTokenizer
@@ -246,8 +254,11 @@ class Encoder:
         if not job.num_typed and not job.warnings:
             return fitted
         # Typed control tokens are counted once, with the first part of a conversation that was split.
-        fitted[0] = replace(fitted[0], num_control_tokens_typed=job.num_typed)
-        return [replace(encoded, warnings=job.warnings) for encoded in fitted]
+        counts = [job.num_typed, *(0 for _ in fitted[1:])]
+        return [
+            replace(part, num_control_tokens_typed=num, warnings=job.warnings)
+            for part, num in zip(fitted, counts, strict=True)
+        ]
 
     def _fit(
         self,
@@ -290,7 +301,7 @@ class Encoder:
         if two is None:
             return []
         # Each half is encoded like any conversation, and splits itself again where it must.
-        return [replace(part, index=index) for part in self.encode(two)]
+        return without_idle([replace(part, index=index) for part in self.encode(two)])
 
 
 def _weighted_spans(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from burnish.data.problems import RowProblem, shorten
@@ -61,23 +61,32 @@ _CONSUMED = frozenset(
 )
 
 
-def normal_messages(value: Any, system: str | None, mender: Mender) -> list[Message]:
-    """A row's messages, normalised, in an order of turns that can be trained on.
-
-    Args:
-        value: The row's cell: a list of messages, or one as a JSON string.
-        system: Text of a system turn that the row keeps apart; ignored where there is one.
-        mender: What to do about flaws.
+def message_list(value: Any, mender: Mender) -> list[Any]:
+    """A row's cell of messages: a list, or one as a JSON string.
 
     Raises:
-        RowProblem: The conversation cannot be used as it is.
+        RowProblem: It is neither, or is not to be read as JSON.
     """
     if isinstance(value, str):
         mender.mend("messages_as_text", f"messages are the text {shorten(value, 30)}")
         value = parsed_json(value, "messages_not_a_list", "messages")
     if not isinstance(value, list):
         raise RowProblem("messages_not_a_list", f"messages are {shorten(value)}")
-    messages = [normal_message(item, f"message {index + 1}", mender) for index, item in enumerate(value)]
+    return value
+
+
+def normal_messages(values: Sequence[Any], system: str | None, mender: Mender) -> list[Message]:
+    """A row's messages, normalised, in an order of turns that can be trained on.
+
+    Args:
+        values: The messages, as `normal_message` takes each.
+        system: Text of a system turn that the row keeps apart; ignored where there is one.
+        mender: What to do about flaws.
+
+    Raises:
+        RowProblem: The conversation cannot be used as it is.
+    """
+    messages = [normal_message(item, f"message {index + 1}", mender) for index, item in enumerate(values)]
     if system and not (messages and messages[0].role in ("system", "developer")):
         messages.insert(0, Message("system", system))
     return ordered_turns(messages, mender)

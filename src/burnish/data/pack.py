@@ -61,7 +61,7 @@ def pack_window(
     descending = lengths[by_length]
     if packed:
         if costs is None:
-            costs = cost.per_token * lengths + cost.per_token_squared * lengths.astype(np.float64) ** 2
+            costs = cost.of(lengths)
         ranks = _pack(descending, num_ranks, budget, costs[by_length])
     else:
         ranks = _pad(descending, num_ranks, budget, cost)
@@ -137,11 +137,9 @@ def imbalance(lengths: Int64[np.ndarray, " n"], cuts: Cuts, cost: CostModel, pac
 
 
 def _micro_cost(lengths: np.ndarray, cost: CostModel, packed: bool) -> float:
-    if not len(lengths):
-        return 0.0
     if not packed:
-        lengths = np.full(len(lengths), lengths.max())
-    return float(cost.per_token * lengths.sum() + cost.per_token_squared * (lengths.astype(float) ** 2).sum())
+        lengths = np.full(len(lengths), lengths.max(initial=0))
+    return float(cost.of(lengths).sum())
 
 
 def _at_least(num_tokens: int, num_documents: int, num_ranks: int, budget: MicroBudget) -> int:
@@ -370,9 +368,9 @@ def _pad(
     descending: np.ndarray, num_ranks: int, budget: MicroBudget, cost: CostModel
 ) -> list[list[list[int]]]:
     """The fewest micro-batches, then the smallest token budget that still needs no more of them."""
-    num_micro = max(1, -(-len(_runs(descending, budget)) // num_ranks))
-    num_bins = num_micro * num_ranks
     runs = _runs(descending, budget)
+    num_micro = max(1, -(-len(runs) // num_ranks))
+    num_bins = num_micro * num_ranks
     if len(descending):
         low, high = int(descending[0]), budget.tokens or int(descending[0]) * len(descending)
         while low < high:  # smallest budget that needs at most num_bins runs
@@ -382,7 +380,5 @@ def _pad(
             else:
                 low = middle + 1
         runs = _runs(descending, MicroBudget(high, budget.examples))
-    costs: Float64[np.ndarray, " runs"] = np.array(
-        [_micro_cost(descending[start:stop], cost, packed=False) for start, stop in runs]
-    )
-    return _deal([list(range(start, stop)) for start, stop in runs], costs.tolist(), num_ranks, num_micro)
+    costs = [_micro_cost(descending[start:stop], cost, packed=False) for start, stop in runs]
+    return _deal([list(range(start, stop)) for start, stop in runs], costs, num_ranks, num_micro)

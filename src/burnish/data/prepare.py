@@ -40,7 +40,7 @@ from burnish.data.report import bad_fraction_problem, build_report
 from burnish.data.stamp import date_of_run, stamps_dates
 from burnish.data.store import ExampleStore, Part, PartWriter
 from burnish.data.tally import NUM_SHOWN, Tally, rows_error
-from burnish.errors import DataError, Problem
+from burnish.errors import DataError, Problem, counted
 from burnish.runtime import available_cores
 
 if TYPE_CHECKING:
@@ -317,7 +317,7 @@ def _tell_nothing_held_out(fraction: float, num_examples: int) -> None:
 def _nothing_left(part: PreparedPart) -> Problem:
     """Why no row of a source is left, by rule, and what to do about the commonest one."""
     dropped: Mapping[str, Any] = part.summary["dropped"]
-    reasons = [f"{rule}: {entry['rows']:,} rows" for rule, entry in dropped.items()]
+    reasons = [f"{rule}: {counted(entry['rows'], 'row')}" for rule, entry in dropped.items()]
     what = f"no row of it can be trained on ({', '.join(reasons) or 'it has none'})"
     commonest = max(dropped, key=lambda rule: dropped[rule]["rows"], default=None)
     return Problem(part.origin.source.path, what, RULES[commonest].cure if commonest else "")

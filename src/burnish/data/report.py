@@ -11,7 +11,7 @@ from burnish.config.row_rules import RULES
 from burnish.config.schema import DataConfig
 from burnish.data.policies import counts_as_bad
 from burnish.data.store import ExampleStore, Part
-from burnish.errors import Problem
+from burnish.errors import Problem, counted
 
 REPORT_VERSION = 1
 NUM_PLACES = 5
@@ -29,7 +29,7 @@ def bad_fraction_problem(summaries: Sequence[Mapping[str, Any]], data: DataConfi
     num_bad = sum(bad.values())
     if not num_rows or num_bad <= data.max_bad_fraction * num_rows:
         return None
-    lines = [f"{rule} ({count} rows): {RULES[rule].cure}" for rule, count in bad.items()]
+    lines = [f"{rule} ({counted(count, 'row')}): {RULES[rule].cure}" for rule, count in bad.items()]
     for summary in summaries:
         for rule, entry in summary["dropped"].items():
             places = [f"{place['place']}: {place['what']} [{rule}]" for place in entry["places"]]
@@ -200,11 +200,11 @@ def _describe_source(source: Mapping[str, Any]) -> list[str]:
 
 
 def _describe_rule(word: str, rule: str, entry: Mapping[str, Any]) -> list[str]:
-    lost = f", {entry['tokens']:,} tokens ({entry['supervised_tokens']:,} supervised) lost"
-    rows = "1 row" if entry["rows"] == 1 else f"{entry['rows']:,} rows"
-    head = f"  {word:<10} {rows}, {rule}: {RULES[rule].what}{lost if word == 'dropped' else ''}"
+    head = f"  {word:<10} {counted(entry['rows'], 'row')}, {rule}: {RULES[rule].what}"
     if word == "fixed":
         head += f"; {RULES[rule].fix}"
+    else:
+        head += f", {entry['tokens']:,} tokens ({entry['supervised_tokens']:,} supervised) lost"
     return [head, *(f"    {place['place']}: {place['what']}" for place in entry["places"])]
 
 

@@ -90,13 +90,8 @@ def pack_alike(
             break
     assert best is not None
     apart = pack_window(lengths, num_ranks, budget, cost)
-    slowest = max(sum(_cost_apart(lengths[m], cost) for m in rank) for rank in apart)
+    slowest = max(sum(float(cost.of(lengths[m]).sum()) for m in rank) for rank in apart)
     return best if max(best.rank_costs) <= (1 - MIN_GAIN) * slowest else None
-
-
-def _cost_apart(lengths: np.ndarray, cost: CostModel) -> float:
-    squares = (lengths.astype(np.float64) ** 2).sum()
-    return float(cost.per_token * lengths.sum() + cost.per_token_squared * squares)
 
 
 def _cost_of(tree: PrefixTree, cost: CostModel) -> float:

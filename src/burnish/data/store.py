@@ -3,7 +3,7 @@
 A folder ("part") holds `tokens.arrow` (what a step needs of an example) and `index.arrow` (one
 record batch of numbers per example, which planning reads whole):
 
-    tokens.arrow   token_ids list<int32> | weights list<float32> | row text | warnings list<text>
+    tokens.arrow   token_ids list<int32> | weights list<float32> | row text
     index.arrow    length | supervised | weight | tokens_cut | supervised_cut | hash_low | hash_high | piece
                    | prefix
 
@@ -35,7 +35,6 @@ TOKENS_SCHEMA = pa.schema(
         pa.field("token_ids", pa.list_(pa.int32())),
         pa.field("weights", pa.list_(pa.float32())),
         pa.field("row", pa.string()),
-        pa.field("warnings", pa.list_(pa.string())),
     ]
 )
 INDEX_SCHEMA = pa.schema(
@@ -53,13 +52,8 @@ INDEX_SCHEMA = pa.schema(
 )
 
 
-def tokens_batch(examples: Sequence[Example], warnings: Sequence[Sequence[str]]) -> pa.RecordBatch:
-    """Examples as a record batch of `TOKENS_SCHEMA`.
-
-    Args:
-        examples: Any number of them.
-        warnings: Of each example, what was noticed about it.
-    """
+def tokens_batch(examples: Sequence[Example]) -> pa.RecordBatch:
+    """Examples as a record batch of `TOKENS_SCHEMA`."""
     lengths = np.array([0, *(len(e.token_ids) for e in examples)], np.int32)
     offsets = pa.array(np.cumsum(lengths, dtype=np.int32))
     ids = np.concatenate([np.empty(0, np.int32), *(e.token_ids for e in examples)])
@@ -68,7 +62,6 @@ def tokens_batch(examples: Sequence[Example], warnings: Sequence[Sequence[str]])
         pa.ListArray.from_arrays(offsets, pa.array(ids, pa.int32())),
         pa.ListArray.from_arrays(offsets, pa.array(weights, pa.float32())),
         pa.array([e.row for e in examples], pa.string()),
-        pa.array([list(texts) for texts in warnings], pa.list_(pa.string())),
     ]
     return pa.RecordBatch.from_arrays(columns, schema=TOKENS_SCHEMA)
 
@@ -211,11 +204,6 @@ class Part:
         which, row = self._locate(number)
         return self._tokens[which].column("row")[row].as_py()
 
-    def warnings(self, number: int) -> tuple[str, ...]:
-        """What was noticed about the example."""
-        which, row = self._locate(number)
-        return tuple(self._tokens[which].column("warnings")[row].as_py())
-
     def _locate(self, number: int) -> tuple[int, int]:
         which = int(np.searchsorted(self._starts, number, side="right")) - 1
         return which, number - int(self._starts[which])
@@ -262,8 +250,9 @@ class ExampleStore:
             own = [example for example in examples if example.source == name]
             numbers[source_ids == which] = np.arange(len(own))
             hashes = [xxhash.xxh3_128_intdigest(e.token_ids.tobytes() + e.weights.tobytes()) for e in own]
-            tokens = tokens_batch(own, [()] * len(own))
-            parts.append(Part([tokens], [index_batch(own, [(0, 0)] * len(own), hashes, [0] * len(own))]))
+            parts.append(
+                Part([tokens_batch(own)], [index_batch(own, [(0, 0)] * len(own), hashes, [0] * len(own))])
+            )
         return cls(parts, names, source_ids, numbers)
 
     @classmethod
@@ -308,20 +297,6 @@ class ExampleStore:
         part, local = self._parts[source], int(self._numbers[number])
         token_ids, weights = part.arrays(local)
         return Example(self.source_names[source], part.row(local), token_ids, weights)
-
-    def warnings(self, number: int) -> tuple[str, ...]:
-        """What was noticed about this example when it was prepared."""
-        return self._parts[int(self.source_ids[number])].warnings(int(self._numbers[number]))
-
-    @property
-    def tokens_cut(self) -> Int64[np.ndarray, " examples"]:
-        """Tokens that were cut off each example."""
-        return self._column("tokens_cut", np.int64)
-
-    @property
-    def supervised_cut(self) -> Int64[np.ndarray, " examples"]:
-        """Supervised tokens that were cut off each example."""
-        return self._column("supervised_cut", np.int64)
 
     @property
     def row_hashes(self) -> UInt64[np.ndarray, " examples"]:

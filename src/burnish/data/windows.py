@@ -80,7 +80,7 @@ def shares(weights: Sequence[float], total: int) -> list[int]:
     return counts
 
 
-def micro_budget(data: DataConfig, batch: BatchConfig) -> MicroBudget:
+def micro_budget(batch: BatchConfig, longest_tokens: int) -> MicroBudget:
     """What one forward may hold, `auto` resolved: room for the longest example at least.
 
     `micro_examples` alone sets no limit on tokens.
@@ -89,7 +89,7 @@ def micro_budget(data: DataConfig, batch: BatchConfig) -> MicroBudget:
         return MicroBudget(batch.micro_tokens, batch.micro_examples)
     if batch.micro_examples is not None:
         return MicroBudget(None, batch.micro_examples)
-    return MicroBudget(max(data.max_tokens, DEFAULT_MICRO_TOKENS), None)
+    return MicroBudget(max(longest_tokens, DEFAULT_MICRO_TOKENS), None)
 
 
 @final
@@ -117,7 +117,7 @@ class WindowPlan:
         self._sharing = sharing
         self.packed = packed
         self.cost = cost
-        self.budget = micro_budget(data, batch)
+        self.budget = micro_budget(batch, data.max_tokens)
         limited = self.budget.tokens is not None and self.budget.examples is None
         self.prefixes = prefixes if packed and limited else None
         check_lengths(counts.num_tokens, self.budget)
@@ -341,12 +341,7 @@ def eval_cuts(
     example numbers. No examples give one empty micro-batch on every rank. `sharing` is as for `plan_windows`.
     """
     lengths = counts.num_tokens.astype(np.int64)
-    longest = int(lengths.max()) if len(lengths) else 1
-    budget = MicroBudget(max(longest, DEFAULT_MICRO_TOKENS), None)
-    if batch.micro_tokens != "auto":
-        budget = MicroBudget(batch.micro_tokens, batch.micro_examples)
-    elif batch.micro_examples is not None:
-        budget = MicroBudget(None, batch.micro_examples)
+    budget = micro_budget(batch, int(lengths.max(initial=1)))
     cuts = pack_window(lengths, world_size, budget, cost or CostModel(), packed)
     return [cut for cut in cuts for _ in range(sharing)]
 
@@ -360,7 +355,8 @@ def _source_shares(counts: ExampleCounts, data: DataConfig) -> list[int] | None:
         raise ValueError(f"{len(data.train)} sources in the config, {len(sizes)} in the data")
     empty = [source.path for source, size in zip(data.train, sizes, strict=True) if size == 0]
     if empty:
+        cure = "Lower data.eval_fraction, which holds out all of it." if data.eval_fraction else _LOOK
         raise DataError(
-            *(Problem("data.train", f"{path} has a weight but no usable example", _LOOK) for path in empty)
+            *(Problem("data.train", f"{path} has a weight but no usable example", cure) for path in empty)
         )
     return shares([source.weight for source in data.train], int(sizes.sum()))

@@ -48,9 +48,9 @@ def write_job(
         raise ConfigError(Problem("CONFIG", "a job needs a config file", cure))
     path, text = job_file(kind, Path(tokens[0]), tokens[1:], options, out)
     with writing(path):
-        is_another = path.exists() and path.read_text() != text
+        is_another = path.exists() and path.read_bytes() != text.encode()
         if not is_another:
-            path.write_text(text)
+            path.write_bytes(text.encode())
     if is_another:
         raise ConfigError(Problem("--out", f"{path} is there already", "Give another --out, or remove it."))
     return [f"Wrote {path}. Look it over, then: {_SUBMIT[kind]} {path}"]

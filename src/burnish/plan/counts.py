@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
+from jaxtyping import Float64, Int64
+
 DEFAULT_GLOBAL_EXAMPLES = 128
 """Examples per optimizer step when the config names neither examples nor tokens."""
 DEFAULT_MICRO_TOKENS = 4096
@@ -30,6 +33,10 @@ class CostModel:
 
     per_token: float = 1.0
     per_token_squared: float = 1.0 / (12 * 4096)
+
+    def of(self, lengths: Int64[np.ndarray, " documents"]) -> Float64[np.ndarray, " documents"]:
+        """The cost of each document."""
+        return self.per_token * lengths + self.per_token_squared * lengths.astype(np.float64) ** 2
 
 
 @dataclass(frozen=True)

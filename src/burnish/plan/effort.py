@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 from burnish.config.schema import Config
@@ -39,7 +40,9 @@ DEVICES: tuple[Device, ...] = (
 def find_device(name: str) -> Device | None:
     """The first known device whose name stands in `name` (as `torch.cuda` reports it), if any."""
     for device in DEVICES:
-        if all(part in name.lower() for part in device.name.lower().replace("-", " ").split()):
+        parts = device.name.lower().replace("-", " ").split()
+        # An L40 is no L4.
+        if all(re.search(rf"{part}(?!\d)", name.lower()) for part in parts):
             return device
     return None
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from burnish.config.check import contradictions
 from burnish.config.schema import Config
 from burnish.plan.counts import WindowCounts
 from burnish.plan.memory import USABLE_MEMORY, estimate_memory
@@ -18,7 +19,8 @@ def suggest(
 
     Changes are tried one on top of the other, from those that cost least: first those that leave the result
     as it is, then those that train something else. Once it fits, those that turn out not to be needed are
-    taken back, the dearest first. Every set of lines was planned: with it, the run fits.
+    taken back, the dearest first. Every set of lines was planned and checked: with it, the run fits, and no
+    key contradicts another.
     """
     share = counts.num_supervised_tokens / max(1, counts.num_tokens)
 
@@ -26,10 +28,15 @@ def suggest(
         tokens = keys.get("batch.micro_tokens", counts.max_micro_tokens)
         return estimate_memory(_apply(config, keys), shape, world_size, tokens, share).device.total
 
+    at_odds = _at_odds(config, world_size)
+
+    def is_taken(keys: Mapping[str, Any]) -> bool:
+        return _at_odds(_apply(config, keys), world_size) <= at_odds
+
     limit = memory_bytes * USABLE_MEMORY
     keys: dict[str, Any] = {}
     for change in _cheapest_first(config, counts, world_size):
-        if needed(keys | change) < needed(keys):
+        if is_taken(keys | change) and needed(keys | change) < needed(keys):
             keys |= change
         if needed(keys) <= limit:
             break
@@ -37,7 +44,10 @@ def suggest(
         return ()
     for key in reversed(list(keys)):
         without = {k: v for k, v in keys.items() if k != key}
-        if _consistent(config, without, world_size) and needed(without) <= limit:
+        names_adapter = (
+            config.adapter is not None or "adapter.quantize" not in without or "adapter.kind" in without
+        )
+        if names_adapter and is_taken(without) and needed(without) <= limit:
             keys = without
     return tuple(f"{key}: {value}" for key, value in keys.items())
 
@@ -86,11 +96,7 @@ def _apply(config: Config, keys: Mapping[str, Any]) -> Config:
     return Config.model_validate(raw)
 
 
-def _consistent(config: Config, keys: Mapping[str, Any], world_size: int) -> bool:
-    """Whether a key that others need is still there."""
-    trial = _apply(config, keys)
-    sharded = trial.adapter is not None and trial.adapter.quantize and trial.engine.zero_stage == 3
-    new_adapter = config.adapter is None and "adapter.quantize" in keys and "adapter.kind" not in keys
-    homeless = trial.engine.offload_params != "none" and trial.engine.zero_stage < 3
-    alone = trial.engine.offloads and not trial.engine.uses_deepspeed(world_size)
-    return not (sharded or new_adapter or homeless or alone)
+def _at_odds(config: Config, world_size: int) -> set[str]:
+    """Keys that contradict others on so many ranks."""
+    launch = config.launch.model_copy(update={"num_processes": world_size})
+    return {problem.where for problem in contradictions(config.model_copy(update={"launch": launch}))}

@@ -17,6 +17,7 @@ import jinja2
 
 from burnish import __version__
 from burnish.errors import ConfigError, Problem, writing
+from burnish.metrics.lines import read_lines
 
 WIDTH, HEIGHT, MARGIN = 640, 220, 46
 NUM_POINTS = 600
@@ -60,7 +61,7 @@ def write_report(run: Path, out: Path | None = None, answers: Sequence[Mapping[s
     if not (run / "metrics.jsonl").is_file():
         cure = "Give the output_dir of a run that has begun to train."
         raise ConfigError(Problem(str(run), "is not a run (no metrics.jsonl)", cure))
-    metrics = _read_metrics(run / "metrics.jsonl")
+    metrics = list(read_lines(run / "metrics.jsonl"))
     page = _render(run, metrics, answers)
     target = out or run / "report.html"
     with writing(target):
@@ -206,25 +207,6 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
         else:
             rows.append((prefix + key, json.dumps(value, ensure_ascii=False)))
     return rows
-
-
-def _read_metrics(path: Path) -> list[dict[str, Any]]:
-    """metrics.jsonl, its strings for numbers that are not finite turned back; a cut line left out."""
-    found: list[dict[str, Any]] = []
-    for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
-            line = json.loads(text)
-        except json.JSONDecodeError:
-            continue
-        if isinstance(line, dict):
-            found.append(
-                {k: float(v) if v in ("NaN", "Infinity", "-Infinity") else v for k, v in line.items()}
-            )
-    return found
-
-
-def _number_or_as_is(value: Any) -> Any:
-    return float(value) if value in ("NaN", "Infinity", "-Infinity") else value
 
 
 def _read_json(path: Path) -> dict[str, Any]:
