@@ -44,6 +44,15 @@ def lines(folder: Path) -> list[dict]:
     return [json.loads(line, parse_constant=refuse) for line in text]
 
 
+def test_a_full_disk_is_named(tmp_path):
+    out = writer(tmp_path)
+    (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
+    with pytest.raises(MachineError, match=r"metrics\.jsonl: cannot be written: No space left"):
+        out.train(STEP)
+    with pytest.raises(MachineError, match="No space left"):
+        out.close()
+
+
 def test_lines_are_exact(tmp_path):
     out = writer(tmp_path)
     out.eval(EVAL)

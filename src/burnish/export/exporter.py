@@ -79,4 +79,4 @@ class Exporter:
         if failure is not None:
             raise failure
         if messages:
-            raise MachineError(messages[0])
+            raise MachineError(messages[0], everywhere=True)

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO, final
 
+from burnish.errors import writing
 from burnish.metrics.console import ConsoleProgress
 from burnish.metrics.lines import cut_after, eval_line, to_json, train_line
 from burnish.metrics.trackers import Tracker, make_tracker
@@ -95,7 +96,10 @@ class MetricsWriter:
         for tracker in self._trackers:
             tracker.close()
         if self._file is not None:
-            self._file.close()
+            with writing(
+                self._run_dir / METRICS_NAME
+            ):  # of a full disk it tries again what it could not write
+                self._file.close()
 
     def _begin(self, resumed_step: int | None) -> None:
         if self._file is not None:
@@ -117,8 +121,9 @@ class MetricsWriter:
     def _write(self, line: Mapping[str, Any]) -> None:
         self._begin(None)
         assert self._file is not None
-        self._file.write(to_json(line) + "\n")
-        self._file.flush()  # whoever watches the file sees every step; a crash loses none
+        with writing(self._run_dir / METRICS_NAME):
+            self._file.write(to_json(line) + "\n")
+            self._file.flush()  # whoever watches the file sees every step; a crash loses none
 
     def _track(self, step: int, numbers: Mapping[str, float]) -> None:
         for tracker in self._trackers:

@@ -129,7 +129,8 @@ def _finish(job: TrainJob, keeper: _Keeper, state: TrainState) -> None:
     except MachineError as error:
         path = keeper.save(state)
         cure = "Mend that and run the same command: it exports from there."
-        raise MachineError(*error.problems, Problem(str(path), "holds what was trained", cure)) from error
+        kept = Problem(str(path), "holds what was trained", cure)
+        raise MachineError(*error.problems, kept, everywhere=error.everywhere) from error
 
 
 def _one_step(
@@ -264,7 +265,8 @@ def _record_skip(job: TrainJob, keeper: _Keeper, state: TrainState, stats: StepS
             f"{limit} steps in a row had gradients that are not finite",
             f"The state from before them is in {path}; metrics.jsonl has their rows (kind: skipped). Look at "
             "them (view CONFIG --source S --row R), lower optim.lr, or use model.dtype: bf16, not fp16.",
-        )
+        ),
+        everywhere=True,
     )
 
 
@@ -273,9 +275,8 @@ def _stop_for_signal(job: TrainJob, keeper: _Keeper, state: TrainState) -> None:
     if state.step >= job.windows.num_steps:
         return
     path = keeper.save(state)
-    raise InterruptedRunError(
-        Problem("signal", f"stopped after step {state.step}", f"Run the same command to go on from {path}.")
-    )
+    cure = f"Run the same command to go on from {path}."
+    raise InterruptedRunError(Problem("signal", f"stopped after step {state.step}", cure), everywhere=True)
 
 
 class _Keeper:
