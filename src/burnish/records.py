@@ -241,3 +241,5 @@ class TrainState:
     resumed run must share, by name."""
     versions: Mapping[str, str]
     world_size: int
+    eval_due: bool = False
+    """A signal came before the evaluation of this step; whoever goes on from here makes up for it."""

@@ -9,6 +9,7 @@ from typing import Any, Protocol, runtime_checkable
 
 from burnish.checkpoint.commit import save_checkpoint
 from burnish.checkpoint.fingerprints import changed_settings
+from burnish.checkpoint.lock import only_run
 from burnish.checkpoint.manifest import checkpoint_path
 from burnish.checkpoint.resume import clear_the_way, find_checkpoint, load_checkpoint, package_versions
 from burnish.checkpoint.retention import prune
@@ -87,9 +88,10 @@ def train(job: TrainJob) -> TrainState:
         MachineError: The result could not be exported; a checkpoint of the last step was saved.
         CheckpointError: The checkpoint to resume from is damaged, belongs to another run, or is past the end
             of this one.
+        BusyError: Another run is at work in the folder.
     """
     timeout_seconds = job.config.launch.hang_timeout_seconds
-    with StopRequest() as stop:
+    with StopRequest() as stop, only_run(job.run_dir, job.ranks):
         with Watchdog(job.run_dir, job.ranks, timeout_seconds) as watchdog:
             watched = replace(job, engine=WatchedEngine(job.engine, watchdog, job.freed))
             state, keeper = _run(watched, stop)
@@ -107,8 +109,8 @@ def _run(job: TrainJob, stop: StopRequest) -> tuple[TrainState, _Keeper]:
     if job.on_start is not None:
         job.on_start()
     keeper = _Keeper(job, state, resumed_from)
-    if resumed_from is None:
-        state = _evaluate_and_track(job, state)
+    if resumed_from is None or state.eval_due:
+        state = _evaluate_and_track(job, replace(state, eval_due=False))
     while state.step < job.windows.num_steps:
         state, must_stop = _one_step(job, keeper, state, stop)
         if must_stop:
@@ -150,9 +152,10 @@ def _one_step(
         job.recorder.train(stats)
     if not stats.applied:
         _record_skip(job, keeper, state, stats)
-    # Who sent a signal waits half a minute or so: the checkpoint comes first, an evaluation would not fit.
-    if last or (_is_due(state.step, config.eval.every_steps) and not must_stop):
-        state = _evaluate_and_track(job, state)
+    if last or _is_due(state.step, config.eval.every_steps):
+        # Who sent a signal waits half a minute or so: an evaluation would not fit before the checkpoint.
+        is_put_off = must_stop and not last
+        state = replace(state, eval_due=True) if is_put_off else _evaluate_and_track(job, state)
     if stats.applied:
         keeper.good_state = state
         # Never in a row of skipped steps: if it stops the run, the newest is from before the row.
@@ -179,7 +182,8 @@ def _start_state(job: TrainJob, resumed_from: Path | None) -> TrainState:
         log.info("Resumed from %s at step %d of %d.", resumed_from, state.step, job.windows.num_steps)
         for line in changed_settings(resumed_from, job.config) if job.ranks.is_main else ():
             log.warning("%s", line)
-        job.recorder.event({"kind": "resume", "step": state.step, "path": str(resumed_from)})
+        event = {"kind": "resume", "step": state.step, "path": str(resumed_from)}
+        job.recorder.event({**event, "eval_due": state.eval_due})
         return state
     # Ranks see different examples, so their dropout must differ too.
     seed_everything(job.config.train.seed + job.ranks.rank)
