@@ -358,7 +358,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     except CycloptsError as error:
         _fail(str(error).strip(), EXIT_CONFIG)
     except BurnishError as error:
-        _fail(str(error), error.exit_code, error.heading)
+        _fail(str(error), error.exit_code, error.heading, error.everywhere)
     except KeyboardInterrupt:
         _fail("interrupted", 130)
 
@@ -387,10 +387,11 @@ def _say(text: str) -> None:
     print(text)  # noqa: T201
 
 
-def _fail(message: str, exit_code: int, heading: str = "") -> None:
+def _fail(message: str, exit_code: int, heading: str = "", everywhere: bool = False) -> None:
     rank = os.environ.get("RANK", "0")
     where = "" if rank == "0" else f"[rank {rank}] "
     head = f"{heading}:\n" if heading else ""
     sys.stdout.flush()
-    print(f"{where}burnish: {head}{message}", file=sys.stderr)  # noqa: T201
+    if rank == "0" or not everywhere:  # rank 0 tells for all what all of them have to tell
+        print(f"{where}burnish: {head}{message}", file=sys.stderr)  # noqa: T201
     sys.exit(exit_code)

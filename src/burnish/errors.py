@@ -22,6 +22,15 @@ EXIT_STOPPED_ITSELF = 5
 EXIT_TRY_AGAIN = 75
 EXIT_SIGNAL = 143
 
+_DISK_FAILS = (errno.EIO, errno.ESTALE)
+_LOST_RANK = (
+    "Connection closed by peer",
+    "Connection reset by peer",
+    "Broken pipe",
+    "Connection was likely closed",  # the store that ranks meet in; rank 0 keeps it
+    "remote process exited",  # NCCL
+)
+
 
 def counted(num: int, noun: str) -> str:
     """A number and what it counts: `1 row`, `1,024 rows`."""
@@ -34,6 +43,8 @@ class BurnishError(Exception):
     exit_code: int = 1
     heading: str = ""
     """What stands before a message of several parts: how many there are, of what."""
+    everywhere: bool = False
+    """Whether every rank raises this same error, so that one of them may tell it for all."""
 
 
 @dataclass(frozen=True)
@@ -58,9 +69,13 @@ class ProblemsError(BurnishError):
     Args:
         problems: What is wrong; a plain string is a problem without a place.
         heading: Where the number of `problems` is not the number of things to mend.
+        everywhere: Every rank raises this same error, so that one of them may tell it for all.
     """
 
-    def __init__(self, *problems: Problem | str, heading: str | None = None) -> None:
+    def __init__(
+        self, *problems: Problem | str, heading: str | None = None, everywhere: bool = False
+    ) -> None:
+        self.everywhere = everywhere
         self.problems = tuple(p if isinstance(p, Problem) else Problem("", p) for p in problems)
         several = counted(len(problems), "problem") if len(problems) > 1 else ""
         self.heading = several if heading is None else heading
@@ -103,6 +118,18 @@ class InterruptedRunError(ProblemsError):
     exit_code = EXIT_SIGNAL
 
 
+class BusyError(ProblemsError):
+    """Somebody else has what this run needs; once they are done, the same command works."""
+
+    exit_code = EXIT_TRY_AGAIN
+
+
+class LostRankError(ProblemsError):
+    """Another rank is gone. Why is in that rank's own message, and in its exit code."""
+
+    exit_code = 1  # tells least: whoever started the ranks reports the other one's
+
+
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
     """What fails in the block is that `path`, which the user has named, cannot be written.
@@ -121,6 +148,7 @@ def writing(path: Path) -> Iterator[None]:
 @contextmanager
 def machine_limits(verb: str) -> Iterator[None]:
     """Memory or disk that runs out anywhere in the block is no bug: an error of the machine, with a cure.
+    Nor is it one of this rank that another one has gone.
 
     Imports nothing: torch's own errors are only looked for where torch has been loaded.
 
@@ -128,19 +156,27 @@ def machine_limits(verb: str) -> Iterator[None]:
         verb: What was running; the keys that save memory are those of `train`.
 
     Raises:
-        MachineError: No memory on the GPU or the host, or no disk space.
+        MachineError: No memory on the GPU or the host, or no disk space, or a disk that fails.
+        LostRankError: A collective ended because another rank did.
     """
     try:
         yield
     except (MemoryError, RuntimeError) as error:
+        if (signs := _signs_of_a_lost_rank(error)) is not None:
+            what = f"another rank ended, so this one does too ({signs})"
+            cure = "Its own message says why, where it had time for one. Then run the same command again."
+            raise LostRankError(Problem("", what, cure)) from error
         if not _is_out_of_memory(error):
             raise
         what = str(error).strip().splitlines()[0] if str(error).strip() else "the host has no more"
         raise MachineError(Problem("out of memory", what, _more_memory(verb))) from error
     except OSError as error:
+        where = str(error.filename or "disk")
+        if error.errno in _DISK_FAILS:
+            what = f"cannot be read or written: {error.strerror}"
+            raise MachineError(Problem(where, what, "The disk or its server fails: mend that.")) from error
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS):
             raise
-        where = str(error.filename or "disk")
         cure = "Free disk space, or choose another place."
         raise MachineError(Problem(where, f"cannot be written: {error.strerror}", cure)) from error
 
@@ -171,6 +207,14 @@ def reader_may_leave() -> Iterator[None]:
 def _end_quietly() -> NoReturn:
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is still in the buffer
     sys.exit(EXIT_DONE)
+
+
+def _signs_of_a_lost_rank(error: BaseException) -> str | None:
+    """What torch says in a collective whose other end has gone; None of any other error."""
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is None or not distributed.is_available() or not distributed.is_initialized():
+        return None
+    return next((sign for sign in _LOST_RANK if sign in str(error)), None)
 
 
 def _is_out_of_memory(error: MemoryError | RuntimeError) -> bool:

@@ -2,17 +2,20 @@
 
 The workers get the environment that torchrun sets, so they cannot tell the difference. When one
 dies the others are stopped: a worker that waits in a collective for a dead one would wait for the
-process group's timeout, half an hour of silence.
+process group's timeout, half an hour of silence. When this process itself is killed, they are asked
+to stop as well: left alone, they would still train when the same command is started again.
 """
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
 import socket
 import subprocess
+import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -25,6 +28,7 @@ GRACE_SECONDS = 60.0
 """How long workers may take to save and end, once asked to or once one of them has died."""
 POLL_SECONDS = 0.1
 FORWARDED_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+_PR_SET_PDEATHSIG = 1
 
 
 def num_workers(launch: LaunchConfig, environ: Mapping[str, str] = os.environ) -> int:
@@ -71,6 +75,7 @@ def launch(num_processes: int, argv: Sequence[str], grace_seconds: float = GRACE
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads_per_worker(num_processes))),
     }
     workers: list[subprocess.Popen[bytes]] = []
+    before_start = _asked_when_orphaned()
     with _passing_signals_to(workers):
         for rank in range(num_processes):
             ranks = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
@@ -78,7 +83,10 @@ def launch(num_processes: int, argv: Sequence[str], grace_seconds: float = GRACE
             # from here.
             workers.append(
                 subprocess.Popen(
-                    list(argv), env={**os.environ, **environment, **ranks}, start_new_session=True
+                    list(argv),
+                    env={**os.environ, **environment, **ranks},
+                    start_new_session=True,
+                    preexec_fn=before_start,  # noqa: PLW1509 - one call into libc, looked up before
                 )
             )
         try:
@@ -106,7 +114,8 @@ def _wait(workers: Sequence[subprocess.Popen[bytes]], grace_seconds: float) -> i
     while any(worker.poll() is None for worker in workers) and time.monotonic() < deadline:
         if cause == 0 and (cause := _cause(workers)) != 0:
             deadline = time.monotonic() + grace_seconds
-            log.warning("A worker ended with exit code %d; stopping the others.", cause)
+            if any(worker.poll() is None for worker in workers):
+                log.warning("A worker ended with exit code %d; stopping the others.", cause)
             _send(workers, signal.SIGTERM)
         time.sleep(POLL_SECONDS)
     if any(worker.poll() is None for worker in workers):
@@ -126,6 +135,17 @@ def _cause(workers: Sequence[subprocess.Popen[bytes]]) -> int:
 
 def _exit_code(returncode: int) -> int:
     return returncode if returncode >= 0 else 128 - returncode
+
+
+def _asked_when_orphaned() -> Callable[[], object] | None:
+    """What a worker calls before it starts, so that it gets SIGTERM when this process ends in whatever way.
+
+    Only Linux has that. Looked up here: between fork and exec a process should do little.
+    """
+    if sys.platform != "linux":
+        return None
+    prctl = ctypes.CDLL(None).prctl
+    return lambda: prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def _send(workers: Sequence[subprocess.Popen[bytes]], number: int) -> None:

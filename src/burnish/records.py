@@ -240,3 +240,6 @@ class TrainState:
     hashes (`checkpoint/fingerprints.py`)."""
     versions: Mapping[str, str]
     world_size: int
+    eval_due: bool = False
+    """The evaluation of this step is still to come, or its best result could not be exported: a signal came
+    first, or the disk was full. Whoever goes on from here makes up for it."""

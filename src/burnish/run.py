@@ -12,7 +12,7 @@ from __future__ import annotations
 from functools import partial
 from pathlib import Path
 
-from burnish.checkpoint.fingerprints import fingerprints
+from burnish.checkpoint.fingerprints import fingerprints, require_same, what_ranks_share
 from burnish.config.schema import Config
 from burnish.data.count import count_windows
 from burnish.data.prefixes import Prefixes
@@ -71,6 +71,8 @@ def train(config: Config) -> Path:
     require_rows(tokenizer, shape.vocab_size, (data.train, data.eval))
 
     start_process_group(ranks, device, config.launch.hang_timeout_seconds)
+    made_from = fingerprints(config, serialised(tokenizer), template, data.fingerprint)
+    require_same({**made_from, **what_ranks_share(config, data.eval)}, ranks)
     memory = smallest_over_ranks(device_memory_bytes(device, ranks), ranks)
     asked_for, world = config, (shape, ranks.world_size)
     config = resolve_auto(config, *world, memory, device.type)
@@ -106,7 +108,7 @@ def train(config: Config) -> Path:
         eval_cuts=eval_cuts(data.eval, config.batch, parts, *layout) if data.eval else None,
         recorder=recorder,
         freed=freed,
-        fingerprints=fingerprints(config, serialised(tokenizer), template, data.fingerprint),
+        fingerprints=made_from,
         export_best=lambda state: exporter.export(run_dir / "best", state),
         export_final=lambda state: exporter.export(run_dir / "final", state),
         on_start=lambda: write_run_files(run_dir, config, plan, data.report, ranks),

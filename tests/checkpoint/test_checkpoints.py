@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import get_args
@@ -13,7 +16,8 @@ import torch
 
 from burnish.checkpoint import commit
 from burnish.checkpoint.commit import save_checkpoint
-from burnish.checkpoint.fingerprints import changed_settings, fingerprints
+from burnish.checkpoint.fingerprints import changed_settings, fingerprints, require_same
+from burnish.checkpoint.lock import LOCK_NAME, only_run
 from burnish.checkpoint.manifest import FOLDER, checkpoint_path, committed_paths, verify
 from burnish.checkpoint.resume import clear_the_way, find_checkpoint, load_checkpoint
 from burnish.checkpoint.retention import list_checkpoints, prune, prune_verified
@@ -21,7 +25,7 @@ from burnish.config.load import dump_config
 from burnish.config.schema import Config, ResumableChange
 from burnish.engine.base import Engine, StepResult
 from burnish.engine.state_files import write_tensors
-from burnish.errors import CheckpointError, ConfigError
+from burnish.errors import BusyError, CheckpointError, ConfigError, MachineError
 from burnish.records import MicroBatch, TrainState
 from burnish.runtime import Ranks
 
@@ -98,6 +102,40 @@ def test_saved_and_loaded(tmp_path: Path) -> None:
     again = (np.random.random(), torch.rand(3))
     assert drawn[0] == again[0]
     assert torch.equal(drawn[1], again[1])
+
+
+def test_one_run_at_a_time(tmp_path: Path) -> None:
+    save(tmp_path, 1)
+    with only_run(tmp_path, ALONE):
+        for other in (lambda: only_run(tmp_path, ALONE).__enter__(), lambda: prune_verified(tmp_path, 1)):
+            with pytest.raises(BusyError, match=rf"process {os.getpid()} on") as caught:
+                other()
+            assert caught.value.exit_code == 75
+    assert not (tmp_path / LOCK_NAME).exists()
+
+
+def test_a_lock_ends_with_its_process(tmp_path: Path) -> None:
+    code = (
+        "import os, pathlib, sys\n"
+        "from burnish.checkpoint.lock import locked\n"
+        "with locked(pathlib.Path(sys.argv[1])): os.kill(os.getpid(), 9)"
+    )
+    assert subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=False).returncode == -9
+    assert (tmp_path / LOCK_NAME).exists()
+    with only_run(tmp_path, ALONE):
+        pass
+
+
+def test_ranks_that_see_other_data_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    mine = {"data": '"abc"', "train.seed": "1"}
+    theirs = {"data": '"abd"', "train.seed": "1"}
+    require_same(mine, ALONE)
+    seen = [("hosta", mine), ("hostb", theirs)]
+    monkeypatch.setattr("burnish.checkpoint.fingerprints.gather_objects", lambda *_: seen)
+    with pytest.raises(MachineError, match="rank 1 on hostb: would train on something else") as caught:
+        require_same(theirs, Ranks(1, 1, 2))
+    assert [problem.where for problem in caught.value.problems[1:]] == ["data"]
+    assert caught.value.everywhere
 
 
 def go_on(run_dir: Path, resume: str) -> Path | None:

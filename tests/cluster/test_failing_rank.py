@@ -96,3 +96,39 @@ def test_a_host_that_falls_off_the_network(tmp_path):
         assert seconds_since_failure(tmp_path) < HANG_SECONDS + SLACK_SECONDS
     for rank in range(2):
         assert "in train_step" in stacks_path(tmp_path, rank).read_text()
+
+
+MEETING = """\
+import sys
+from burnish import cli
+from burnish.__main__ import command
+from burnish.errors import MachineError, Problem
+from burnish.runtime import barrier, pick_device, ranks_from_environment, start_process_group
+
+@cli.app.command
+def meet(how):
+    ranks = ranks_from_environment()
+    start_process_group(ranks, pick_device(ranks))
+    barrier(ranks)
+    if how == "together" or ranks.rank == 1:
+        raise MachineError(Problem("disk", "is full", "Free some."), everywhere=how == "together")
+    barrier(ranks)
+
+sys.argv[1:] = ["meet", sys.argv[1]]
+command()
+"""
+
+
+def test_one_ranks_error_is_not_drowned_by_what_the_others_meet(capfd):
+    assert launch(2, [sys.executable, "-c", MEETING, "alone"], grace_seconds=20.0) == 4
+    said = capfd.readouterr().err
+    assert "[rank 1] burnish: disk: is full\n    Free some." in said
+    assert "\nburnish: another rank ended, so this one does too (Connection" in said
+    assert "Traceback" not in said
+
+
+def test_what_all_ranks_have_to_say_is_said_once(capfd):
+    assert launch(2, [sys.executable, "-c", MEETING, "together"], grace_seconds=20.0) == 4
+    said = capfd.readouterr().err
+    assert said.count("disk: is full") == 1
+    assert "burnish: disk: is full" in said.splitlines()

@@ -44,6 +44,37 @@ def lines(folder: Path) -> list[dict]:
     return [json.loads(line, parse_constant=refuse) for line in text]
 
 
+def test_a_full_disk_is_named(tmp_path):
+    out = writer(tmp_path)
+    (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
+    with pytest.raises(MachineError, match=r"metrics\.jsonl: cannot be written: No space left"):
+        out.train(STEP)
+    with pytest.raises(MachineError, match="No space left"):
+        out.close()
+
+
+def test_a_removed_file_is_begun_again(tmp_path):
+    folder = tmp_path / "run"
+    out = writer(folder)
+    out.train(STEP)
+    (folder / "metrics.jsonl").unlink()
+    folder.rmdir()
+    out.train(replace(STEP, step=2))
+    out.close()
+    assert [line["step"] for line in lines(folder)] == [2]
+
+
+def test_an_evaluation_that_is_due_again_stands_once(tmp_path):
+    out = writer(tmp_path)
+    out.train(STEP)
+    out.eval(replace(EVAL, step=1))
+    out.close()
+    out = writer(tmp_path)
+    out.event({"kind": "resume", "step": 1, "eval_due": True})
+    out.close()
+    assert [line["kind"] for line in lines(tmp_path)] == ["train", "resume"]
+
+
 def test_lines_are_exact(tmp_path):
     out = writer(tmp_path)
     out.eval(EVAL)

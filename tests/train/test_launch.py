@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -76,6 +77,31 @@ def test_signals_are_passed_on(tmp_path: Path) -> None:
 
     threading.Thread(target=send, daemon=True).start()
     assert run(program) == 143
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a process that its parent is gone")
+def test_workers_stop_when_the_launcher_is_killed(tmp_path: Path) -> None:
+    """They would go on training, and the same command, started again, would train beside them."""
+    worker = (
+        "import os, pathlib, signal, sys, time\n"
+        f"folder = pathlib.Path({str(tmp_path)!r})\n"
+        "def stop(*_):\n"
+        "    (folder / ('stopped' + os.environ['RANK'])).touch()\n"
+        "    sys.exit(143)\n"
+        "signal.signal(signal.SIGTERM, stop)\n"
+        "(folder / os.environ['RANK']).touch()\n"
+        "time.sleep(60)"
+    )
+    code = f"from burnish.launch import launch; launch(2, [{PYTHON!r}, '-c', {worker!r}])"
+    launcher = subprocess.Popen([PYTHON, "-c", code])
+    deadline = time.monotonic() + 30
+    while len(list(tmp_path.iterdir())) < 2 and time.monotonic() < deadline:
+        time.sleep(0.05)
+    launcher.kill()
+    launcher.wait()
+    while len(list(tmp_path.glob("stopped*"))) < 2 and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert len(list(tmp_path.glob("stopped*"))) == 2
 
 
 def test_how_many(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -138,6 +138,7 @@ def _agree(work: Callable[[], T], ranks: Ranks) -> list[T]:
         raise CheckpointError(
             Problem(
                 FOLDER, "could not be written: " + "; ".join(failures), "Check disk space and permissions."
-            )
+            ),
+            everywhere=True,
         )
     return [value for value, _ in outcomes]

@@ -6,6 +6,7 @@ What it need not share, but what decides how it learns, is told.
 from __future__ import annotations
 
 import json
+import socket
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,12 @@ import xxhash
 
 from burnish.config.schema import Config
 from burnish.config.yaml_text import read_yaml
-from burnish.errors import ConfigError
+from burnish.data.store import ExampleStore
+from burnish.errors import ConfigError, MachineError, Problem
+from burnish.runtime import Ranks, gather_objects
 
 _TOLD_SECTIONS = ("optim", "schedule", "train")
+_SHARED = ("output_dir", "batch", "optim", "schedule", "train", "eval", "engine", "checkpoint", "log")
 _REFUSED = ("optim.name", "train.seed")  # or told by who allows the change
 
 
@@ -56,6 +60,37 @@ def fingerprints(config: Config, vocabulary: str, template: str | None, data_has
     if config.model.init != "pretrained":  # older checkpoints do not name it
         values["model.init"] = config.model.init
     return {name: json.dumps(value) for name, value in values.items()}
+
+
+def what_ranks_share(config: Config, held_out: ExampleStore | None) -> dict[str, str]:
+    """By name, what else decides which collectives a rank comes to: settings, the length of evaluations."""
+    values = config.model_dump(mode="json")
+    shared = {name: values[name] for name in _SHARED}
+    if held_out is not None:
+        shared["data.eval"] = [len(held_out), int(held_out.num_tokens.sum())]
+    return {name: json.dumps(value) for name, value in shared.items()}
+
+
+def require_same(values: Mapping[str, str], ranks: Ranks) -> None:
+    """Refuse ranks that would not do the same: each would wait for the others in collectives that never come.
+
+    Args:
+        values: What all have to share, by name.
+        ranks: This process among the others; all of them call this.
+
+    Raises:
+        MachineError: On every rank, with one problem per name that differs.
+    """
+    seen = gather_objects((socket.gethostname(), dict(values)), ranks)
+    host, first = seen[0]
+    for rank, (other_host, other) in enumerate(seen):
+        names = [name for name in first if other.get(name) != first[name]]
+        if names:
+            who = f"rank {rank} on {other_host}"
+            cure = "Give all hosts the same files (config, data, model folder), then run the same command."
+            head = Problem(who, f"would train on something else than rank 0 on {host}; what differs:", cure)
+            problems = [Problem(name, f"{first[name]} on rank 0, {other.get(name)} there") for name in names]
+            raise MachineError(head, *problems, heading="", everywhere=True)
 
 
 def changed_settings(checkpoint: Path, config: Config) -> list[str]:

@@ -84,7 +84,8 @@ def _nothing_whole(run_dir: Path, resume: str, num_candidates: int) -> Checkpoin
             "checkpoint.resume",
             f"{what} in {where}",
             cure + "checkpoint.resume: never starts again from step 0.",
-        )
+        ),
+        everywhere=True,
     )
 
 
@@ -205,7 +206,7 @@ def check_fingerprints(
         "belongs to a run that was made from something else; what changed:",
         "Undo the change, choose another output_dir, or start over with checkpoint.resume: never." + allow,
     )
-    raise CheckpointError(head, *problems, heading="")
+    raise CheckpointError(head, *problems, heading="", everywhere=True)
 
 
 def _check_length(path: Path, step: int, num_steps: int | None) -> None:
@@ -217,7 +218,7 @@ def _check_length(path: Path, step: int, num_steps: int | None) -> None:
         "Ask for a run at least as long, choose another output_dir, name an older checkpoint "
         "(checkpoint.resume: FOLDER), or start over with checkpoint.resume: never."
     )
-    raise CheckpointError(Problem(str(path), what, cure))
+    raise CheckpointError(Problem(str(path), what, cure), everywhere=True)
 
 
 def _restore_random_state(state: TrainState, ranks: Ranks) -> None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from burnish.checkpoint.commit import REPLACED_PREFIX, STAGING_PREFIX
+from burnish.checkpoint.lock import locked
 from burnish.checkpoint.manifest import (
     FOLDER,
     committed_paths,
@@ -93,12 +94,14 @@ def prune_verified(run_dir: Path, keep: int) -> list[Path]:
 
     Raises:
         ConfigError: There is no such folder, it is no run's, or nothing would be kept.
+        BusyError: A run is at work there.
     """
     require_run(run_dir)
     if keep < 1:
         raise ConfigError(Problem("--keep", f"is {keep}", "Keep at least 1: a run goes on from the newest."))
-    whole = next((path for path in committed_paths(run_dir) if not verify(path)), None)
-    return prune(run_dir, keep, [] if whole is None else [whole])
+    with locked(run_dir):  # what a run is saving looks like what is left of a save that died
+        whole = next((path for path in committed_paths(run_dir) if not verify(path)), None)
+        return prune(run_dir, keep, [] if whole is None else [whole])
 
 
 def require_run(run_dir: Path) -> None:

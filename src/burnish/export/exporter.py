@@ -68,7 +68,7 @@ class Exporter:
         told = gather_objects(failure and failure.problems, self._ranks)
         problems = next((of_one_rank for of_one_rank in told if of_one_rank), None)
         if problems:  # whatever it was (the base may be gone by now), it was not the config that was wrong
-            raise MachineError(*problems) from failure
+            raise MachineError(*problems, everywhere=True) from failure
 
     def _write(self, weights: Mapping[str, torch.Tensor], out: Path, state: TrainState) -> None:
         results = {} if state.best_eval_loss is None else {"best evaluation loss": state.best_eval_loss}

@@ -66,11 +66,14 @@ def read_lines(path: Path) -> Iterator[dict[str, Any]]:
                 yield _read_back(line)
 
 
-def cut_after(path: Path, step: int) -> None:
-    """Leave out every line of a step after `step`: a resumed run will write those again."""
+def cut_after(path: Path, step: int, eval_due: bool = False) -> None:
+    """Leave out every line of a step after `step`, and its own evaluation where that is still to come: a
+    resumed run will write those again."""
     if not path.exists():
         return
     kept = [line for line in read_lines(path) if line.get("step", 0) <= step]
+    if eval_due:
+        kept = [line for line in kept if (line.get("kind"), line.get("step")) != ("eval", step)]
     staged = path.with_name(f".{path.name}.cut")
     with staged.open("w", encoding="utf-8") as file:
         file.writelines(to_json(line) + "\n" for line in kept)

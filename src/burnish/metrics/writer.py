@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO, final
 
+from burnish.errors import writing
 from burnish.metrics.console import ConsoleProgress
 from burnish.metrics.lines import cut_after, eval_line, to_json, train_line
 from burnish.metrics.trackers import Tracker, make_tracker
@@ -22,7 +24,8 @@ class MetricsWriter:
     """Takes steps, evaluations and events; writes `metrics.jsonl`, the console and the trackers.
 
     On other ranks than 0 it does nothing. The event `{"kind": "resume", "step": n}` cuts the file
-    after step n, so that no step stands there twice; without it an older run's file is set aside
+    after step n, so that no step stands there twice (with `"eval_due": true` before n's
+    evaluation, which is still to come); without it an older run's file is set aside
     as `metrics-1.jsonl` when the first line comes.
 
     Args:
@@ -79,7 +82,7 @@ class MetricsWriter:
         if not self._is_main:
             return
         if event.get("kind") == "resume":
-            self._begin(int(event["step"]))
+            self._begin(int(event["step"]), bool(event.get("eval_due")))
         if self._file is None:  # whether this run goes on or starts anew is not known yet
             self._early.append(event)
         else:
@@ -95,15 +98,16 @@ class MetricsWriter:
         for tracker in self._trackers:
             tracker.close()
         if self._file is not None:
-            self._file.close()
+            with writing(self._run_dir / METRICS_NAME):  # tries again what a full disk did not take
+                self._file.close()
 
-    def _begin(self, resumed_step: int | None) -> None:
+    def _begin(self, resumed_step: int | None, eval_due: bool = False) -> None:
         if self._file is not None:
             return
         self._run_dir.mkdir(parents=True, exist_ok=True)
         path = self._run_dir / METRICS_NAME
         if resumed_step is not None:
-            cut_after(path, resumed_step)
+            cut_after(path, resumed_step, eval_due)
         elif path.exists() and path.stat().st_size > 0:
             path.replace(_free_name(path))
         self._trackers = [
@@ -117,8 +121,13 @@ class MetricsWriter:
     def _write(self, line: Mapping[str, Any]) -> None:
         self._begin(None)
         assert self._file is not None
-        self._file.write(to_json(line) + "\n")
-        self._file.flush()  # whoever watches the file sees every step; a crash loses none
+        with writing(self._run_dir / METRICS_NAME):
+            if os.fstat(self._file.fileno()).st_nlink == 0:  # somebody removed it, with the folder perhaps
+                self._file.close()
+                self._run_dir.mkdir(parents=True, exist_ok=True)
+                self._file = (self._run_dir / METRICS_NAME).open("a", encoding="utf-8")
+            self._file.write(to_json(line) + "\n")
+            self._file.flush()  # whoever watches the file sees every step; a crash loses none
 
     def _track(self, step: int, numbers: Mapping[str, float]) -> None:
         for tracker in self._trackers:

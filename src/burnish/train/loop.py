@@ -9,6 +9,7 @@ from typing import Any, Protocol, runtime_checkable
 
 from burnish.checkpoint.commit import save_checkpoint
 from burnish.checkpoint.fingerprints import changed_settings
+from burnish.checkpoint.lock import only_run
 from burnish.checkpoint.resume import clear_the_way, find_checkpoint, load_checkpoint, package_versions
 from burnish.checkpoint.retention import prune
 from burnish.config.schema import Config
@@ -86,9 +87,10 @@ def train(job: TrainJob) -> TrainState:
         MachineError: A result could not be exported; a checkpoint of what was trained was saved.
         CheckpointError: The checkpoint to resume from is damaged, belongs to another run, or is past the end
             of this one.
+        BusyError: Another run is at work in the folder.
     """
     timeout_seconds = job.config.launch.hang_timeout_seconds
-    with StopRequest() as stop:
+    with StopRequest() as stop, only_run(job.run_dir, job.ranks):
         with Watchdog(job.run_dir, job.ranks, timeout_seconds) as watchdog:
             watched = replace(job, engine=WatchedEngine(job.engine, watchdog, job.freed))
             state, keeper = _run(watched, stop)
@@ -106,8 +108,8 @@ def _run(job: TrainJob, stop: StopRequest) -> tuple[TrainState, _Keeper]:
     if job.on_start is not None:
         job.on_start()
     keeper = _Keeper(job, state, resumed_from)
-    if resumed_from is None:
-        state = _evaluate_and_track(job, keeper, state)
+    if resumed_from is None or state.eval_due:
+        state = _evaluate_and_track(job, keeper, replace(state, eval_due=False))
     while state.step < job.windows.num_steps:
         state, must_stop = _one_step(job, keeper, state, stop)
         if must_stop:
@@ -131,7 +133,7 @@ def _export(
         export: Writes a result.
         state: What it is the result of.
         keeper: Saves where the run stands.
-        stand: Where that is, without the result.
+        stand: Where that is: what is still to be done from there on.
 
     Raises:
         MachineError: It could not be exported; a checkpoint was saved.
@@ -141,7 +143,7 @@ def _export(
     except MachineError as error:
         path = keeper.save(stand)
         saved = Problem(str(path), "holds what was trained", f"Mend that. {_how_to_go_on(job.config, path)}")
-        raise MachineError(*error.problems, saved) from error
+        raise MachineError(*error.problems, saved, everywhere=error.everywhere) from error
 
 
 def _how_to_go_on(config: Config, path: Path) -> str:
@@ -167,9 +169,10 @@ def _one_step(
         job.recorder.train(stats)
     if not stats.applied:
         _record_skip(job, keeper, state, stats)
-    # Who sent a signal waits half a minute or so: the checkpoint comes first, an evaluation would not fit.
-    if last or (_is_due(state.step, config.eval.every_steps) and not must_stop):
-        state = _evaluate_and_track(job, keeper, state)
+    if last or _is_due(state.step, config.eval.every_steps):
+        # Who sent a signal waits half a minute or so: an evaluation would not fit before the checkpoint.
+        is_put_off = must_stop and not last
+        state = replace(state, eval_due=True) if is_put_off else _evaluate_and_track(job, keeper, state)
     if stats.applied:
         keeper.good_state = state
         # Never in a row of skipped steps: if it stops the run, the newest is from before the row.
@@ -196,7 +199,8 @@ def _start_state(job: TrainJob, resumed_from: Path | None) -> TrainState:
         log.info("Resumed from %s at step %d of %d.", resumed_from, state.step, job.windows.num_steps)
         for line in changed_settings(resumed_from, job.config) if job.ranks.is_main else ():
             log.warning("%s", line)
-        job.recorder.event({"kind": "resume", "step": state.step, "path": str(resumed_from)})
+        event = {"kind": "resume", "step": state.step, "path": str(resumed_from)}
+        job.recorder.event({**event, "eval_due": state.eval_due})
         return state
     # Ranks see different examples, so their dropout must differ too.
     seed_everything(job.config.train.seed + job.ranks.rank)
@@ -253,7 +257,7 @@ def _evaluate_and_track(job: TrainJob, keeper: _Keeper, state: TrainState) -> Tr
         return state
     improved = replace(state, best_eval_loss=stats.loss, best_eval_step=state.step)
     if job.export_best is not None:
-        _export(job, job.export_best, improved, keeper, state)
+        _export(job, job.export_best, improved, keeper, replace(state, eval_due=True))
     return improved
 
 
@@ -285,7 +289,8 @@ def _record_skip(job: TrainJob, keeper: _Keeper, state: TrainState, stats: StepS
             f"{limit} steps in a row had gradients that are not finite",
             f"The state from before them is in {path}; metrics.jsonl has their rows (kind: skipped). Look at "
             "them (view CONFIG --source S --row R), lower optim.lr, or use model.dtype: bf16, not fp16.",
-        )
+        ),
+        everywhere=True,
     )
 
 
@@ -294,8 +299,8 @@ def _stop_for_signal(job: TrainJob, keeper: _Keeper, state: TrainState) -> None:
     if state.step >= job.windows.num_steps:
         return
     path = keeper.save(state)
-    what = f"stopped after step {state.step}"
-    raise InterruptedRunError(Problem("signal", what, _how_to_go_on(job.config, path)))
+    problem = Problem("signal", f"stopped after step {state.step}", _how_to_go_on(job.config, path))
+    raise InterruptedRunError(problem, everywhere=True)
 
 
 class _Keeper:
