@@ -237,6 +237,17 @@ def test_nothing_to_hold_out_is_told_and_the_run_goes_on(tmp_path, caplog, value
     assert "Give data.eval" in told[0]
 
 
+def test_what_a_template_does_not_show_is_told_by_every_run(tmp_path, caplog):
+    tools = [{"name": "find", "parameters": {"type": "object", "properties": {}}}]
+    path = write(tmp_path / "a.jsonl", [row | {"tools": tools} for row in rows(3)])
+    for _ in ("prepared", "found prepared"):
+        caplog.clear()
+        run(tmp_path, path, template=builtin_templates()["plain"])
+        told = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+        what = "a: the template does not show the tools that the row offers"
+        assert told == [f"{what} (3 examples, first at {path}:1)."]
+
+
 def test_evaluation_sources_and_held_out_rows_are_evaluated_together(tmp_path):
     train = write(tmp_path / "a.jsonl", rows(20))
     own = write(tmp_path / "b.jsonl", rows(5, "other"))
