@@ -67,6 +67,18 @@ def _yaml(value: Any) -> str:
     return str(value)
 
 
+def names() -> str:
+    """What other tools call a key, and what has to be said of it."""
+    from burnish.config.elsewhere import NAMES_ELSEWHERE, NOTES_ELSEWHERE
+
+    rows = [
+        [f"`{name}`", f"`{NAMES_ELSEWHERE[name]}`" if name in NAMES_ELSEWHERE else "", _cell(note)]
+        for name in sorted(NAMES_ELSEWHERE.keys() | NOTES_ELSEWHERE.keys())
+        for note in [NOTES_ELSEWHERE.get(name, "")]
+    ]
+    return _table(("theirs", "ours", "what to know"), rows)
+
+
 def formats() -> str:
     """The shapes of a row, with the columns that are looked for."""
     from burnish.data.format import SHAPES
@@ -188,6 +200,7 @@ def models() -> str:
 
 TABLES: Mapping[str, Callable[[], str]] = {
     "keys": keys,
+    "names": names,
     "formats": formats,
     "rules": rules,
     "templates": templates,

@@ -188,6 +188,18 @@ def test_a_run_where_its_result_is_meant_names_the_result(verb, capsys):
     assert "neither config.json nor adapter_config.json" in fails(capsys, verb[0], "run", *verb[1:])[1]
 
 
+def test_a_checkpoint_where_a_model_is_meant_says_how_to_make_one(capsys):
+    job, folder = write_tiny_job(Path("job")), Path("run/checkpoints/step-00000002")
+    folder.mkdir(parents=True)
+    (folder / "MANIFEST.json").write_text("{}")
+    for words in (["chat", str(folder)], ["check", str(job), "--model.path", str(folder)]):
+        code, text = fails(capsys, *words)
+        assert (code, "checkpoint.resume: CHECKPOINT, train.max_steps" in text) == (2, True), text
+    Path("run/final").mkdir()
+    code, text = fails(capsys, "check", str(job), "--model.path", "run")
+    assert (code, f"Give its result: {Path('run/final')}." in text) == (2, True), text
+
+
 def test_one_bad_row_is_counted_as_one(capsys):
     job = write_tiny_job(Path("job"))
     data = Path("job/train.jsonl")

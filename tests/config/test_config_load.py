@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from burnish.config.elsewhere import NAMES_ELSEWHERE
 from burnish.config.load import config_schema, dump_config, load_config
 from burnish.config.names import all_keys, suggest
 from burnish.config.yaml_text import read_yaml, write_yaml
@@ -163,10 +164,34 @@ def test_missing_keys_are_named():
         ("engine.zero_stge", "engine.zero_stage"),
         ("data.train[].pth", "data.train[].path"),
         ("xyzzy", None),
+        # Spelled like a key of ours, but something else where it comes from.
+        ("pretrain", "model.path"),
+        ("output_key", "data.train[].columns"),
+        ("load_checkpoint", "checkpoint.resume"),
+        ("dataset_dir", "data.train"),
+        ("pad_token", None),
+        ("streaming", None),
+        ("do_train", None),
     ],
 )
 def test_did_you_mean(written, meant):
     assert suggest(written) == meant
+
+
+def test_names_from_elsewhere_lead_to_keys_and_say_what_differs():
+    known = {key.name for key in all_keys()} | {"adapter"}
+    assert set(NAMES_ELSEWHERE.values()) <= known
+    assert not known & NAMES_ELSEWHERE.keys()
+    found = problems(
+        MINIMAL,
+        *["--gradient_accumulation_steps", "4", "--lora_model_dir", "x", "--group_by_length", "true"],
+        *["--packing_samples", "--flash_attn"],
+    )
+    assert "batch.global_examples? A whole step: examples per GPU" in found["gradient_accumulation_steps"]
+    assert "burnish merge" in found["lora_model_dir"] and "Did you mean" not in found["lora_model_dir"]
+    assert "Not needed" in found["group_by_length"]
+    assert "Did you mean data.packing?" in found["--packing_samples"]
+    assert "Did you mean model.attention?" in found["--flash_attn"]
 
 
 @pytest.mark.parametrize(

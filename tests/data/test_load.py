@@ -113,6 +113,11 @@ def test_places_are_lines_where_there_are_lines(tmp_path):
         f"{tmp_path}/pretty.json:2",
         f"{tmp_path}/pretty.json:6",
     ]
+    # All on one line: a line number would name every row at once.
+    assert [r.place for r in read(write(tmp_path, "a.json"))][:2] == [
+        f"{tmp_path}/a.json#0",
+        f"{tmp_path}/a.json#1",
+    ]
     # A quoted cell spans two lines, so rows stand on every other line under the header.
     assert [r.place for r in read(write(tmp_path, "a.csv"))][:2] == [
         f"{tmp_path}/a.csv:2",

@@ -251,6 +251,17 @@ def test_a_source_held_out_whole_is_for_the_plan_to_refuse(tmp_path):
         plan_windows(emptied[0].train, keys.data, keys.batch, keys.train, world_size=1, packed=True)
 
 
+def test_what_a_template_does_not_show_is_told_by_every_run(tmp_path, caplog):
+    tools = [{"name": "find", "parameters": {"type": "object", "properties": {}}}]
+    path = write(tmp_path / "a.jsonl", [row | {"tools": tools} for row in rows(3)])
+    for _ in ("prepared", "found prepared"):
+        caplog.clear()
+        run(tmp_path, path, template=builtin_templates()["plain"])
+        told = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+        what = "a: the template does not show the tools that the row offers"
+        assert told == [f"{what} (3 examples, first at {path}:1)."]
+
+
 def test_evaluation_sources_and_held_out_rows_are_evaluated_together(tmp_path):
     train = write(tmp_path / "a.jsonl", rows(20))
     own = write(tmp_path / "b.jsonl", rows(5, "other"))

@@ -10,6 +10,7 @@ import pytest
 from burnish.data.jinja import NOBODY, TrackedTemplate, UnprovedRenderingError
 from burnish.data.problems import RowProblem
 from burnish.data.render import ChatRenderer, RenderedChat
+from burnish.data.tokenizer import builtin_templates
 from burnish.records import Message
 
 TODAY = datetime.date(2024, 5, 6)
@@ -196,3 +197,27 @@ def test_the_sandbox_holds() -> None:
         TrackedTemplate(
             "{% set x %}{% for m in messages %}a{% endfor %}{% endset %}{{ x | length }}", TODAY
         ).render([{"role": "user"}], {})
+
+
+def test_tools_that_a_template_leaves_out_are_told() -> None:
+    tool = {"type": "function", "function": {"name": "find", "parameters": {"type": "object"}}}
+    loop = "{% for m in messages %}" + TURN + "{% endfor %}" + PROMPT
+    assert _render(loop, "Hi", "Hello", tools=[tool]).warnings == (
+        "the template does not show the tools that the row offers",
+    )
+    assert _render(loop, "Hi", "Hello").warnings == ()
+    listed = "{% for t in tools or [] %}{{ t.function.name }}{% endfor %}" + loop
+    assert _render(listed, "Hi", "Hello", tools=[tool]).warnings == ()
+
+
+def test_the_built_in_chatml_shows_tools_once_beside_the_systems_words() -> None:
+    tool = {"type": "function", "function": {"name": "find", "parameters": {"type": "object"}}}
+    turns = (Message("system", "Be brief."), Message("user", "Hi"), Message("assistant", "Hello"))
+    chatml = builtin_templates()["chatml"]
+    plain = _render(chatml, *turns)
+    assert plain.text.startswith("<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nHi")
+    for given, start in ((turns, "system\nBe brief.\n\n# Tools\n"), (turns[1:], "system\n# Tools\n")):
+        chat = _render(chatml, *given, tools=[tool])
+        assert (chat.text.removeprefix("<|im_start|>").startswith(start), chat.warnings) == (True, ())
+        assert chat.text.count("<|im_start|>system") == chat.text.count('"find"') == 1
+        assert [chat.text[s.start : s.end] for s in chat.spans] == ["Hello<|im_end|>"]

@@ -13,6 +13,7 @@ from burnish.config.schema import OptimConfig
 from burnish.data.collate import collate
 from burnish.engine import gradients
 from burnish.engine.build import engine_kind, parameter_dtype
+from burnish.engine.ds_checkpoint import refuse_other_stage
 from burnish.engine.local import LocalEngine
 from burnish.engine.optimizer import build_param_groups
 from burnish.engine.state_files import exported_weights, refuse_empty
@@ -123,6 +124,13 @@ def test_state_of_another_model_is_refused(tmp_path: Path) -> None:
     engine_for({"adapter": {"kind": "lora", "rank": 2}}).save_state(tmp_path / "state")
     with pytest.raises(CheckpointError, match="tensors differ"):
         engine_for({"adapter": {"kind": "lora", "rank": 4}}).load_state(tmp_path / "state")
+
+
+def test_state_of_the_other_engine_is_refused_with_the_key_that_takes_it(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="kind: deepspeed"):
+        engine_for({}).load_state(tmp_path)
+    with pytest.raises(CheckpointError, match="kind: local"):
+        refuse_other_stage(tmp_path, 2, 0)
 
 
 def test_export_shares_tied_weights_and_leaves_out_frozen_ones() -> None:

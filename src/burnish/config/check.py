@@ -120,8 +120,26 @@ def _check_model_folder(folder: Path) -> Iterator[Problem]:
         cure = f"Merge it first: burnish merge {folder} OUT; then model.path: OUT."
         yield Problem("model.path", f"{folder} is an adapter, not a model", cure)
         return
-    cure = "Give a Hugging Face model folder."
+    results = _results_of_run(folder)
+    if results:
+        yield Problem("model.path", f"{folder} is a run, not a model", f"Give its result: {results}.")
+        return
+    cure = _CURE_CHECKPOINT if _is_checkpoint(folder) else "Give a Hugging Face model folder."
     yield Problem("model.path", f"{folder} has no config.json", cure)
+
+
+_CURE_CHECKPOINT = (
+    "A checkpoint is what a run goes on from, no model. To make one of it: `burnish train CONFIG` with "
+    "checkpoint.resume: CHECKPOINT, train.max_steps: its step, and another output_dir."
+)
+
+
+def _is_checkpoint(folder: Path) -> bool:
+    return (folder / "MANIFEST.json").is_file()
+
+
+def _results_of_run(folder: Path) -> str:
+    return " or ".join(str(folder / name) for name in ("final", "best") if (folder / name).is_dir())
 
 
 def unreadable_model(folder: Path) -> list[Problem]:
@@ -140,10 +158,11 @@ def require_model(path: str) -> None:
     configs = ("config.json", "adapter_config.json")
     if not folder.is_dir() or any((folder / name).is_file() for name in configs):
         return
-    results = [str(folder / name) for name in ("final", "best") if (folder / name).is_dir()]
+    results = _results_of_run(folder)
     if results:
-        raise ConfigError(Problem(path, "is a run, not a model", f"Give its result: {' or '.join(results)}."))
-    cure = "Give a model folder, an adapter folder, or a hub name."
+        raise ConfigError(Problem(path, "is a run, not a model", f"Give its result: {results}."))
+    other = "Give a model folder, an adapter folder, or a hub name."
+    cure = _CURE_CHECKPOINT if _is_checkpoint(folder) else other
     raise ConfigError(Problem(path, "has neither config.json nor adapter_config.json", cure))
 
 

@@ -44,12 +44,18 @@ def apply_flags(tree: dict[str, Any], tokens: Sequence[str]) -> list[Problem]:
             elif _takes(name).startswith("true or false"):
                 text = "true"
             else:
-                problems.append(Problem(f"--{name}", "has no value", f"Write --{name} VALUE."))
+                problems.append(_without_value(name))
                 continue
         problem = _put(tree, name, text)
         if problem is not None:
             problems.append(problem)
     return problems
+
+
+def _without_value(name: str) -> Problem:
+    if _takes(name):
+        return Problem(f"--{name}", "has no value", f"Write --{name} VALUE.")
+    return Problem(f"--{name}", "is not a key, and has no value", names.cure_for(name))
 
 
 def _takes(name: str) -> str:

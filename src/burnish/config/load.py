@@ -192,10 +192,9 @@ class _Reader:
             head, _, leaf = name.partition(".")
             self._add(place, "is a dotted key", f"In a file keys are nested: `{head}: {{{leaf}: …}}`.")
             return
-        cure = f"Did you mean {near}?" if near else "`burnish train --help-all` lists every key."
         if near:
             self.bad_keys.add(near)
-        self._add(place, "is not a key", cure)
+        self._add(place, "is not a key", names.cure_for(name))
 
     def _wrong(self, place: Place) -> None:
         name = names.canonical(place)

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from burnish.config.elsewhere import NAMES_ELSEWHERE, NOTES_ELSEWHERE
 from burnish.config.schema import Config
 
 
@@ -25,88 +26,6 @@ class Key:
     default: Any
     required: bool
     doc: str
-
-
-# What other tools call it. Only names that people are likely to bring along.
-_NAMES_ELSEWHERE: Mapping[str, str] = {
-    "learning_rate": "optim.lr",
-    "num_train_epochs": "train.epochs",
-    "num_epochs": "train.epochs",
-    "max_epochs": "train.epochs",
-    "model_name_or_path": "model.path",
-    "model_name": "model.path",
-    "base_model": "model.path",
-    "tokenizer_path": "model.tokenizer",
-    "torch_dtype": "model.dtype",
-    "precision": "model.dtype",
-    "bf16": "model.dtype",
-    "fp16": "model.dtype",
-    "attn_implementation": "model.attention",
-    "gradient_checkpointing": "model.activation_checkpointing",
-    "lora": "adapter",
-    "peft": "adapter",
-    "lora_r": "adapter.rank",
-    "r": "adapter.rank",
-    "lora_rank": "adapter.rank",
-    "lora_alpha": "adapter.alpha",
-    "lora_dropout": "adapter.dropout",
-    "lora_target_modules": "adapter.targets",
-    "target_modules": "adapter.targets",
-    "load_in_4bit": "adapter.quantize",
-    "dataset": "data.train",
-    "datasets": "data.train",
-    "train_file": "data.train",
-    "dataset_name": "data.train",
-    "eval_dataset": "data.eval",
-    "val_size": "data.eval_fraction",
-    "max_length": "data.max_tokens",
-    "max_seq_length": "data.max_tokens",
-    "max_seq_len": "data.max_tokens",
-    "sequence_len": "data.max_tokens",
-    "cutoff_len": "data.max_tokens",
-    "template": "data.chat_template",
-    "sample_packing": "data.packing",
-    "batch_size": "batch.global_examples",
-    "global_batch_size": "batch.global_examples",
-    "train_batch_size": "batch.global_examples",
-    "gradient_accumulation_steps": "batch.global_examples",
-    "per_device_train_batch_size": "batch.micro_examples",
-    "micro_batch_size": "batch.micro_examples",
-    "optimizer": "optim.name",
-    "loraplus_lr_ratio": "optim.group_lr",
-    "embedding_learning_rate": "optim.group_lr",
-    "freeze_layers": "model.freeze",
-    "special_tokens": "model.add_tokens",
-    "add_special_tokens": "model.add_tokens",
-    "new_special_tokens": "model.add_tokens",
-    "resize_vocab": "model.add_tokens",
-    "pad_to_multiple_of": "model.pad_vocab_multiple",
-    "frozen_parameters": "model.freeze",
-    "label_smoothing_factor": "train.label_smoothing",
-    "neftune_noise_alpha": "train.neftune_alpha",
-    "noisy_embedding_alpha": "train.neftune_alpha",
-    "router_aux_loss_coef": "train.router_aux_loss",
-    "moe_aux_loss_coef": "train.router_aux_loss",
-    "aux_loss_coef": "train.router_aux_loss",
-    "max_norm": "optim.max_grad_norm",
-    "grad_clip": "optim.max_grad_norm",
-    "lr_scheduler_type": "schedule.name",
-    "lr_scheduler": "schedule.name",
-    "scheduler": "schedule.name",
-    "warmup": "schedule.warmup_ratio",
-    "warmup_steps": "schedule.warmup_ratio",
-    "eval_steps": "eval.every_steps",
-    "deepspeed": "engine.zero_stage",
-    "zero": "engine.zero_stage",
-    "num_gpus": "launch.num_processes",
-    "nproc_per_node": "launch.num_processes",
-    "save_steps": "checkpoint.every_steps",
-    "save_total_limit": "checkpoint.keep",
-    "resume_from_checkpoint": "checkpoint.resume",
-    "logging_steps": "log.every_steps",
-    "report_to": "log.trackers",
-    "output": "output_dir",
-}
 
 
 def config_schema() -> dict[str, Any]:
@@ -159,16 +78,18 @@ def suggest(name: str) -> str | None:
     spelled alike in the same section, and one spelled alike anywhere.
     """
     head, _, leaf = name.rpartition(".")
+    if leaf in NOTES_ELSEWHERE and leaf not in NAMES_ELSEWHERE:
+        return None
     names = [key.name for key in all_keys()]
     sections = sorted({n.partition(".")[0] for n in names if "." in n})
     known: dict[str, list[str]] = {}
     for full in names:
         known.setdefault(full.rpartition(".")[2], []).append(full)
     for word in (name, name.replace(".", "_"), leaf):
-        if word in _NAMES_ELSEWHERE:
-            return _NAMES_ELSEWHERE[word]
-    if head in _NAMES_ELSEWHERE and f"{_NAMES_ELSEWHERE[head]}.{leaf}" in names:
-        return f"{_NAMES_ELSEWHERE[head]}.{leaf}"
+        if word in NAMES_ELSEWHERE:
+            return NAMES_ELSEWHERE[word]
+    if head in NAMES_ELSEWHERE and f"{NAMES_ELSEWHERE[head]}.{leaf}" in names:
+        return f"{NAMES_ELSEWHERE[head]}.{leaf}"
     if len(known.get(leaf, ())) == 1 and known[leaf] != [name]:
         return known[leaf][0]
     siblings = [n for n in names if n.rpartition(".")[0] == head] if head else sections + names
@@ -178,6 +99,15 @@ def suggest(name: str) -> str | None:
             return close[0]
     close = difflib.get_close_matches(leaf, list(known), 1, 0.8)
     return known[close[0]][0] if close else None
+
+
+def cure_for(name: str) -> str:
+    """What to do about a key that does not exist: the one that was probably meant, and how it differs."""
+    near = suggest(name)
+    note = NOTES_ELSEWHERE.get(name.rpartition(".")[2], "")
+    if near is None:
+        return note or "`burnish train --help-all` lists every key."
+    return f"Did you mean {near}? {note}".rstrip()
 
 
 def _keys_of(root: Mapping[str, Any], section: Mapping[str, Any], prefix: str) -> Iterator[Key]:

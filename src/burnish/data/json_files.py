@@ -7,6 +7,7 @@ lines is loaded whole, and refused above `MAX_WRAPPED_JSON_BYTES`.
 from __future__ import annotations
 
 import io
+import itertools
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -151,7 +152,7 @@ class JsonArray:
         self._flaw: RowProblem | None = None
 
     def rows(self) -> Iterator[Row]:
-        """Every item, with the line on which it starts."""
+        """Every item, with the line on which it starts, or its index where that is no line of its own."""
         with open_bytes(self._path) as stream:
             text = lenient_text(stream)
             try:
@@ -168,9 +169,12 @@ class JsonArray:
         self._advance(1)
         if self._peek(text) == "]":
             return
-        while True:
+        line_before = 1
+        for index in itertools.count():
             self._peek(text)
-            place = f"{self._path}:{self._line}"
+            where = f":{self._line}" if self._line > line_before else f"#{index}"
+            line_before = self._line
+            place = f"{self._path}{where}"
             value, problem = self._decode(text)
             yield object_row(value, self._source, place, problem)
             mark = self._peek(text)

@@ -279,6 +279,8 @@ def _assemble(config: Config, parts: Sequence[PreparedPart], stamped_date: str |
     empty = [part for part, mapped in zip(parts, opened, strict=True) if not len(mapped)]
     if empty:
         raise DataError(*(_nothing_left(part) for part in empty))
+    for part in parts:
+        _tell_warnings(part)
     num_train = sum(part.origin.use == "train" for part in parts)
     names = [part.origin.name for part in parts]
     train = ExampleStore(opened[:num_train], names[:num_train])
@@ -299,6 +301,13 @@ def _assemble(config: Config, parts: Sequence[PreparedPart], stamped_date: str |
         "fingerprint": fingerprint,
     }
     return PreparedData(train, evaluation, report, fingerprint)
+
+
+def _tell_warnings(part: PreparedPart) -> None:
+    """What its rows were not shown with, for runs that no `check` went before."""
+    for text, entry in part.summary["warnings"].items():
+        first = entry["places"][0]
+        log.warning("%s: %s (%d examples, first at %s).", part.origin.name, text, entry["examples"], first)
 
 
 def _tell_nothing_held_out(fraction: float, num_examples: int) -> None:

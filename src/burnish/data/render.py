@@ -122,6 +122,8 @@ class ChatRenderer:
         spans += self._closing_eos(rendering, messages)
         if self._template.has_generation:
             spans = _within(spans, rendering.generated)
+        if tools and not self._shows_tools:
+            warnings = (*warnings, "the template does not show the tools that the row offers")
         return RenderedChat(rendering.text, spans, rendering.pieces, warnings)
 
     def _variables(
@@ -132,6 +134,18 @@ class ChatRenderer:
 
     def _plain(self, messages: Sequence[Mapping[str, Any]]) -> str:
         return self._template.plain(messages, self._variables(None, {}))
+
+    @cached_property
+    def _shows_tools(self) -> bool:
+        """Whether the template writes a made-up tool, with or without a system's turn."""
+        for lead in (_LEADS[""], _LEADS["system"]):
+            try:
+                given, _ = self._manners.adapt([*lead, _ASK])
+                if "toolqx" in self._template.plain(given, self._variables([_TOOL], {})):
+                    return True
+            except TEMPLATE_FAILURES:
+                continue
+        return False
 
     # -- one answer ------------------------------------------------------------------------------
 
@@ -335,6 +349,14 @@ def _unproved(what: str, text: str, position: int) -> RowProblem:
 
 
 _CALL = {"id": "call00000", "type": "function", "function": {"name": "fqx", "arguments": {"kqx": "vqx"}}}
+_TOOL = {
+    "type": "function",
+    "function": {
+        "name": "toolqx",
+        "description": "dqx",
+        "parameters": {"type": "object", "properties": {"kqx": {"type": "string", "description": "pqx"}}},
+    },
+}
 _ASK = Message("user", "uqx")
 _RESULT = Message("tool", "rqx", {"tool_call_id": "call00000", "name": "fqx"})
 _CALLING = Message("assistant", "", {"tool_calls": [_CALL]})

@@ -38,9 +38,14 @@ def refuse_other_stage(folder: Path, stage: int, num_shards: int) -> None:
         CheckpointError: The stages do not go together.
     """
     has_zero3_shards = any((folder / TAG).glob("zero_pp_rank_*_model_states.pt"))
-    saved = "0 (or by another engine)" if num_shards == 0 else "3" if has_zero3_shards else "1 or 2"
+    saved = "0" if num_shards == 0 else "3" if has_zero3_shards else "1 or 2"
     fits = {0: num_shards == 0, 3: has_zero3_shards}.get(stage, num_shards > 0 and not has_zero3_shards)
-    if not fits or not (folder / TAG).is_dir():
+    if not (folder / TAG).is_dir():
+        what = "the checkpoint was saved by the local engine, this run has DeepSpeed"
+        raise CheckpointError(
+            Problem("engine.kind", what, "Set engine.kind: local; it takes any number of processes.")
+        )
+    if not fits:
         raise CheckpointError(
             Problem(
                 "engine.zero_stage",

@@ -31,6 +31,7 @@ from burnish.engine.state_files import (
     trained_state,
     write_tensors,
 )
+from burnish.errors import CheckpointError, Problem
 from burnish.model.forward import SupervisedModel, to_device
 from burnish.records import MicroBatch
 from burnish.runtime import Ranks
@@ -152,7 +153,15 @@ class LocalEngine(Engine):
         return [folder / name for name in (WEIGHTS_FILE, OPTIMIZER_FILE, SCALER_FILE)]
 
     def load_state(self, folder: Path) -> None:
-        """Read the same files on every rank; the world size may be another."""
+        """Read the same files on every rank; the world size may be another.
+
+        Raises:
+            CheckpointError: They were written by another engine.
+        """
+        if not (folder / WEIGHTS_FILE).is_file():
+            what = "the checkpoint was saved by DeepSpeed, this run has the local engine"
+            cure = "Set engine.kind: deepspeed; it takes one process too."
+            raise CheckpointError(Problem("engine.kind", what, cure))
         copy_exactly(trained_state(self._model), read_tensors(folder / WEIGHTS_FILE), "weights")
         restore_optimizer_state(self._model, self._optimizer, read_tensors(folder / OPTIMIZER_FILE))
         self._scale.load_state_dict(json.loads((folder / SCALER_FILE).read_text()))
