@@ -27,6 +27,7 @@ def folder(tmp_path, monkeypatch):
     ("flags", "where", "message"),
     [
         ("--adapter.quantize nf4 --engine.zero_stage 3", "adapter.quantize", "zero_stage 3"),
+        ("--adapter.quantize nf4 --adapter.kind pissa", "adapter.quantize", "own weights"),
         ("--engine.offload_params cpu", "engine.offload_params", "ZeRO 3"),
         ("--engine.offload_optimizer cpu --engine.zero_stage 0", "engine.offload_optimizer", "ZeRO 1"),
         ("--engine.kind local --engine.offload_optimizer cpu", "engine.offload_optimizer", "local"),

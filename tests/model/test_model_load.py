@@ -122,5 +122,5 @@ def test_quantising_needs_weights_and_the_package(folder, monkeypatch):
     with pytest.raises(ConfigError, match="nf4"):
         load(folder, init="random", quantize="nf4")
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(MachineError, match=r"burnish\[qlora\]"):
+    with pytest.raises(MachineError, match=r"burnish\[bitsandbytes\]"):
         load(folder, quantize="nf4")

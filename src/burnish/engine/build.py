@@ -4,18 +4,18 @@ until it is asked for."""
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 from typing import Any, Literal
 
 import torch
 
+from burnish.config.packages import require_package
 from burnish.config.schema import Config
 from burnish.engine.base import Engine
 from burnish.engine.ds_config import runs_in_fp32, uses_nvme
 from burnish.engine.ds_workarounds import name_accelerator
 from burnish.engine.local import LocalEngine
 from burnish.engine.sequence import SequenceParallelEngine, sequence_group
-from burnish.errors import ConfigError, MachineError, Problem
+from burnish.errors import ConfigError, Problem
 from burnish.model.forward import SupervisedModel
 from burnish.model.load import COMPUTE_DTYPES
 from burnish.model.sequence_attention import share_sequence
@@ -124,12 +124,5 @@ def _require_equal_parts(config: Config, ranks: Ranks) -> None:
 
 
 def _require_deepspeed(device: torch.device) -> None:
-    if importlib.util.find_spec("deepspeed") is None:
-        raise MachineError(
-            Problem(
-                "engine.kind",
-                "deepspeed is not installed",
-                'Install it with pip install "burnish[deepspeed]", or use engine.kind: local.',
-            )
-        )
+    require_package("deepspeed")
     name_accelerator(device)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,10 +9,11 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from burnish.config.packages import require_package
 from burnish.config.patterns import names_part
 from burnish.config.schema import OptimConfig
 from burnish.engine.muon import MuonAdamW
-from burnish.errors import ConfigError, MachineError, Problem
+from burnish.errors import ConfigError, Problem
 
 
 def build_param_groups(model: nn.Module, optim: OptimConfig) -> list[dict[str, Any]]:
@@ -110,11 +110,7 @@ def build_optimizer(model: nn.Module, optim: OptimConfig, fused: bool = True) ->
 
 
 def _adamw_8bit(groups: list[dict[str, Any]], optim: OptimConfig) -> torch.optim.Optimizer:
-    if importlib.util.find_spec("bitsandbytes") is None:
-        cure = 'Install it with pip install "burnish[bitsandbytes]", or use optim.name: adamw.'
-        raise MachineError(
-            Problem("optim.name", "adamw_8bit needs bitsandbytes, which is not installed", cure)
-        )
+    require_package("adamw_8bit")
     from bitsandbytes.optim.adamw import AdamW8bit
 
     return AdamW8bit(groups, lr=optim.lr, betas=optim.betas, eps=optim.eps, weight_decay=optim.weight_decay)

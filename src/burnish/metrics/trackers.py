@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, final
 
-from burnish.errors import MachineError, Problem
+from burnish.config.packages import require_package
 
 PROJECT = "burnish"
 
@@ -36,22 +36,10 @@ def make_tracker(
     """
     if name == "tensorboard":
         return TensorBoard(run_dir / "tensorboard", resumed_step)
-    module = _require(name)
+    require_package(name)
+    module = importlib.import_module(name)
     makers = {"wandb": WandB, "trackio": Trackio, "mlflow": MLflow}
     return makers[name](module, run_dir, run_config)
-
-
-def _require(name: str) -> Any:
-    try:
-        return importlib.import_module(name)
-    except ImportError as error:
-        raise MachineError(
-            Problem(
-                "log.trackers",
-                f"{name} is not installed",
-                f"pip install 'burnish[{name}]', or leave it out of log.trackers.",
-            )
-        ) from error
 
 
 @final

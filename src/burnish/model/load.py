@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import re
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -13,6 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from burnish.config.check import unreadable_model
+from burnish.config.packages import require_package
 from burnish.config.schema import ModelConfig
 from burnish.errors import ConfigError, MachineError, Problem
 from burnish.hub import not_loaded, only_cached
@@ -233,10 +233,7 @@ def _forget_renamings(model: Any) -> None:
 
 
 def _nf4(compute_dtype: torch.dtype) -> Any:
-    if importlib.util.find_spec("bitsandbytes") is None:
-        raise MachineError(
-            Problem("adapter.quantize", "nf4 needs bitsandbytes", "pip install 'burnish[qlora]'")
-        )
+    require_package("nf4")
     from transformers import BitsAndBytesConfig
 
     return BitsAndBytesConfig(
