@@ -23,10 +23,14 @@ COST = CostModel(per_token_squared=1e-3)
 
 
 def documents(seed: int, num: int) -> list[np.ndarray]:
-    """Beginnings of beginnings: every document goes on from a part of another, or from nothing."""
+    """Beginnings of beginnings: every document goes on from a part of another, or from nothing, or is
+    another once more (a blend draws an example of a small source several times)."""
     rng = np.random.default_rng(seed)
     made: list[np.ndarray] = []
     for _ in range(num):
+        if made and rng.random() < 0.2:
+            made.append(made[rng.integers(len(made))])
+            continue
         above = made[rng.integers(len(made))] if made and rng.random() < 0.8 else np.zeros(0, np.int32)
         kept = above[: int(rng.integers(0, len(above) + 1))] if rng.random() < 0.7 else above
         more = rng.integers(0, 3, int(rng.integers(0, 60))).astype(np.int32)
@@ -130,6 +134,21 @@ def test_micro_batches_share_within_their_budget(case, num_ranks, budget) -> Non
         assert columns <= budget
         computed += columns
     assert computed == found.num_computed_tokens < lengths.sum()
+
+
+@pytest.mark.parametrize("num", [2, 3, 8, 20])
+@pytest.mark.parametrize("length", [40, 120, 190])
+def test_equal_documents_are_computed_once_in_each_forward(num: int, length: int) -> None:
+    """Those that end where others end add no token, and go wherever there is room."""
+    lengths = np.full(num, length)
+    alike = Alike(*sort_by_tokens([np.arange(length, dtype=np.int32)] * num))
+    for num_ranks in (1, 2, 3):
+        found = pack_alike(lengths, alike, num_ranks, MicroBudget(200, None), COST)
+        if num_ranks > num // 2:  # too few to go round: apart they are as fast
+            continue
+        assert found is not None
+        assert sorted(i for rank in found.cuts for micro in rank for i in micro) == list(range(num))
+        assert found.num_computed_tokens <= length * num_ranks
 
 
 def four_answers(num_prompts: int = 8, prompt: int = 140, answer: int = 60) -> ExampleStore:

@@ -208,7 +208,7 @@ def test_tool_calls(tmp_path, shape):
             ],
             "tools": [{"type": "function", "function": SEARCH}],
         }
-    flags = ["--data.max_tokens=512", "--batch.global_examples=4", "--data.chat_template=chatml"]
+    flags = ["--data.max_tokens=2048", "--batch.global_examples=4", "--data.chat_template=chatml"]
     tokens = "--model.add_tokens={<tool_call>: ordinary, </tool_call>: ordinary}"
     config = recipe("tools.yaml", tmp_path, [row] * 8, *flags, "--adapter.rank=2", tokens)
     example = seen(config, 1)[0]
@@ -216,8 +216,8 @@ def test_tool_calls(tmp_path, shape):
     assert call == f"\n<tool_call>\n{json.dumps(CALL)}\n</tool_call>{END}"
     assert final == answer + END
     texts = [token["text"] for token in example["tokens"]]
-    assert texts.count(END) == 4, "the typed one is text"
-    assert texts.count("<tool_call>") == 1
+    assert texts.count(END) == 5, "one a turn, of which the tools are the first; the typed one is text"
+    assert texts.count("<tool_call>") == 3, "twice where it says how to call, and once in the call"
     out = train(config)
     assert json.loads((out / "adapter_config.json").read_text())["trainable_token_indices"]
     if shape == "messages":

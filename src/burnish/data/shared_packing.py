@@ -149,14 +149,15 @@ def _bundles(tree: PrefixTree, most: int, limit: int) -> list[Int64[np.ndarray, 
 
 
 def _joined(parts: list[tuple[int, list[int]]], most: int, limit: int) -> list[tuple[int, list[int]]]:
-    """Deal (tokens, documents) into as few bins of `most` tokens as it takes, none over `limit`."""
+    """Deal (tokens, documents) into as few bins of `most` tokens as it takes; none over `limit` or empty."""
     total = sum(tokens for tokens, _ in parts)
     num = 1 if total <= most else max(2, -(-total // max(1, most)))
     descending = sorted(parts, key=lambda part: -part[0])
     while num < len(parts):
         bins: list[tuple[int, list[int]]] = [(0, []) for _ in range(num)]
         for tokens, documents in descending:
-            emptiest = min(range(num), key=lambda i: bins[i][0])
+            # By documents too: one that ends where another goes on, or equals it, has no token of its own.
+            emptiest = min(range(num), key=lambda i: (bins[i][0], len(bins[i][1])))
             bins[emptiest] = (bins[emptiest][0] + tokens, bins[emptiest][1] + documents)
         if max(tokens for tokens, _ in bins) <= limit:
             return bins
