@@ -151,6 +151,78 @@ def test_equal_documents_are_computed_once_in_each_forward(num: int, length: int
         assert found.num_computed_tokens <= length * num_ranks
 
 
+def test_what_shares_less_without_others_keeps_to_the_budget() -> None:
+    """Twelve have 80 tokens in common, 60 with another and 40 with a third: all of them share 40 and then 80,
+    but those without the third share 60 and no more."""
+    begin = np.arange(1000, 1080, dtype=np.int32)
+    more = [np.full(10, number, np.int32) for number in range(12)]
+    made = [np.concatenate([begin[:size], np.full(20, size, np.int32)]) for size in (40, 60)]
+    made += [np.concatenate([begin, tail]) for tail in more]
+    lengths = np.array([len(document) for document in made])
+    order, common = sort_by_tokens(made)
+    without_third = np.flatnonzero(order != 0)
+    sizes = [
+        grow(lengths[order[some]].tolist(), common_of_some(common, some).tolist()).num_tokens
+        for some in (np.arange(14), without_third)
+    ]
+    assert sizes[0] < sizes[1] + 20, "of fewer documents, but larger"
+    found = pack_alike(lengths, Alike(order, common), 1, MicroBudget(190, None), COST)
+    for micro in found.cuts[0] if found else ():
+        examples = [Example("s", "s", made[i], np.ones(len(made[i]), np.float32)) for i in micro]
+        assert collate(examples, micro, True, 0, share_prefixes=True).token_ids.shape[1] <= 190
+
+
+@settings(max_examples=40, deadline=None)
+@given(cases, st.integers(1, 3), st.sampled_from(["concat", "weighted"]), st.sampled_from([3, 20, 60]))
+def test_every_window_is_computed_as_planned(case, num_ranks, mix, num) -> None:
+    made = documents(*case)
+    examples = [
+        Example(f"s{i % 2}", str(i), tokens, np.ones(len(tokens), np.float32))
+        for i, tokens in enumerate(made)
+    ]
+    store = ExampleStore.from_examples(examples)
+    sources = [
+        {"path": name, "weight": weight} for name, weight in zip(store.source_names, (1, 5), strict=False)
+    ]
+    data = DataConfig.model_validate({"train": sources, "mix": mix, "max_tokens": 200})
+    batch = BatchConfig(global_examples=num, micro_tokens=250)
+    plan = plan_windows(
+        store, data, batch, TrainConfig(epochs=2), num_ranks, True, COST, prefixes=Prefixes(store)
+    )
+    for window in map(plan.window, range(1, plan.num_steps + 1)):
+        shares = window.num_computed_tokens is not None
+        computed = 0
+        for micro in (micro for rank in window.cuts for micro in rank if len(micro)):
+            row = collate([store[int(i)] for i in micro], micro, True, 0, share_prefixes=shares)
+            assert row.token_ids.shape[1] <= 250
+            computed += row.token_ids.shape[1]
+        assert computed == (window.num_computed_tokens if shares else window.num_tokens)
+        held = np.concatenate([micro for rank in window.cuts for micro in rank])
+        assert sorted(held.tolist()) == sorted(window.example_ids.tolist())
+
+
+def test_an_example_that_a_blend_draws_again_is_shared_as_planned() -> None:
+    rng = np.random.default_rng(0)
+    examples = [
+        Example(source, f"{source}:{i}", rng.integers(3, 90, 100).astype(np.int32), np.ones(100, np.float32))
+        for source, num in (("small", 1), ("large", 9))
+        for i in range(num)
+    ]
+    store = ExampleStore.from_examples(examples)
+    data = DataConfig.model_validate(
+        {"train": [{"path": "small"}, {"path": "large"}], "mix": "weighted", "max_tokens": 100}
+    )
+    batch = BatchConfig(global_examples=10, micro_tokens=1024)
+    plan = plan_windows(store, data, batch, TrainConfig(), 1, True, prefixes=Prefixes(store))
+    window = plan.window(1)
+    assert (window.example_ids == 0).sum() == 5
+    rows = [
+        collate([store[int(i)] for i in micro], micro, True, 0, share_prefixes=True)
+        for micro in window.cuts[0]
+    ]
+    assert window.num_computed_tokens == sum(row.token_ids.shape[1] for row in rows) == 600
+
+
 def four_answers(num_prompts: int = 8, prompt: int = 140, answer: int = 60) -> ExampleStore:
     rng = np.random.default_rng(0)
     examples = []

@@ -1,7 +1,7 @@
 """Which examples of a window begin alike, found without reading tokens where none do.
 
 The prepared index holds a hash of every example's first tokens (`prefix_tree.MIN_PREFIX_TOKENS` of them).
-Examples whose hash no other example has cannot share anything; of the others in a window, and of those
+Examples whose hash no other example of the window has cannot share anything; of the others, and of those
 alone, tokens are read and compared.
 """
 
@@ -48,11 +48,9 @@ class Prefixes:
     def __init__(self, store: Examples, problem: str | None = None) -> None:
         self._store = store
         self.problem = problem
-        if problem is not None:
-            return
-        hashes = store.prefix_hashes
-        # 0: alone with its beginning, in all of the data.
-        self._hashes: UInt64[np.ndarray, " examples"] = np.where(_repeated(hashes), hashes, np.uint64(0))
+        if problem is None:
+            # Not only those that stand twice in the data: a blend draws one example several times.
+            self._hashes = store.prefix_hashes
 
     def alike(self, example_ids: Int64[np.ndarray, " examples"]) -> Alike | None:
         """Sort a window's examples so that those that begin alike are side by side.
