@@ -67,6 +67,7 @@ from burnish.engine.ds_workarounds import (
     skip_shm_compile,
     sum_by_sends,
     swap_files_left_alone,
+    without_prints,
 )
 from burnish.engine.gradients import clip_gradients, finite_on_all_ranks, global_grad_norm
 from burnish.engine.muon import MuonAdamW
@@ -189,12 +190,13 @@ class DeepSpeedEngine(Engine):
         self._optimizer = build_optimizer(model, config.optim)
         groups = [list(group["params"]) for group in self._optimizer.param_groups]
         precise = {} if runs_in_fp32(config) else round_weights(model, COMPUTE_DTYPES[config.model.dtype])
-        self._engine: Any = deepspeed.initialize(
-            model=model,
-            optimizer=self._optimizer,
-            config=deepspeed_config(config, gpus_of(ranks, device), sizes_of(model, ranks)),
-            dist_init_required=False,
-        )[0]
+        with without_prints():
+            self._engine: Any = deepspeed.initialize(
+                model=model,
+                optimizer=self._optimizer,
+                config=deepspeed_config(config, gpus_of(ranks, device), sizes_of(model, ranks)),
+                dist_init_required=False,
+            )[0]
         if precise:
             set_masters(self._engine.optimizer, self._stage, precise, ranks.rank)
             precise = {}  # gives its memory back

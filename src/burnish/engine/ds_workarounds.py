@@ -6,6 +6,7 @@ to be changed is handed in.
 from __future__ import annotations
 
 import contextlib
+import io
 import logging
 import os
 import shutil
@@ -88,6 +89,17 @@ def quieten(logger: logging.Logger) -> None:
         r"`torch.distributed.(reduce_scatter_tensor|all_gather_into_tensor)` is deprecated",
         FutureWarning,
     )
+
+
+@contextlib.contextmanager
+def without_prints() -> Iterator[None]:
+    """Keep off stdout what DeepSpeed prints as it starts, past its logger: `runtime/bf16_optimizer.py` tells
+    memory at every stage of its own.
+
+    Remove when: `see_memory_usage` in `runtime/utils.py` logs again instead of printing.
+    """
+    with contextlib.redirect_stdout(io.StringIO()):
+        yield
 
 
 def convert_to_universal(shards: Path, target: Path) -> str | None:
