@@ -32,6 +32,7 @@ _IDLE = frozenset({
 _HARMLESS_INIT = (True, False, None, "gaussian", "orthogonal", "eva")
 """Ways to begin that leave the base as it was published."""
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
+_MAX_NAMES_SHOWN = 4
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
 
@@ -145,7 +146,9 @@ def _read(folder: Path) -> Mapping[str, Any]:
         cure = "Copy or download the folder again."
         raise ConfigError(Problem("adapter.path", f"{file} cannot be read: {error}", cure)) from error
     if not isinstance(values, dict):
-        raise ConfigError(Problem("adapter.path", f"{file} is no adapter's config", "Give an adapter."))
+        raise ConfigError(
+            Problem("adapter.path", f"{file} is no adapter's config", "Copy or download it again.")
+        )
     return values
 
 
@@ -177,9 +180,9 @@ def _malformed(file: Mapping[str, Any]) -> Iterator[str]:
     rank, alpha, dropout = file.get("r"), file.get("lora_alpha"), file.get("lora_dropout", 0.0)
     if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
         yield f"r {rank!r}, which is no rank"
-    if not (_is_number(alpha) and alpha > 0):
+    if not isinstance(alpha, int | float) or isinstance(alpha, bool) or alpha <= 0:
         yield f"lora_alpha {alpha!r}, which is no scale"
-    if not (_is_number(dropout) and 0 <= dropout < 1):
+    if not isinstance(dropout, int | float) or not 0 <= dropout < 1:
         yield f"lora_dropout {dropout!r}, which is no share"
     if not _targets(file):
         yield "targets that are no list of names"
@@ -187,10 +190,6 @@ def _malformed(file: Mapping[str, Any]) -> Iterator[str]:
         yield "exclude_modules that are no list of names"
     if _tokens(file) is None:
         yield "trainable_token_indices that are not the same tokens in embedding and head"
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _targets(file: Mapping[str, Any]) -> tuple[str, ...] | None:
@@ -236,9 +235,16 @@ def _contradictions(adapter: AdapterConfig, own: Mapping[str, Any]) -> Iterator[
         if key == "targets" and not isinstance(value, str):
             value = tuple(sorted(set(value)))
         if value != there:
-            shown, true = (", ".join(v) if isinstance(v, tuple) else str(v) for v in (value, there))
+            shown, true = _shown(value), _shown(there)
             what = f"is {shown}, but the adapter in adapter.path has {true}"
             yield Problem(f"adapter.{key}", what, "Leave it out: it is taken from the adapter.")
+
+
+def _shown(value: Any) -> str:
+    if not isinstance(value, tuple):
+        return str(value)
+    more = ", ..." if len(value) > _MAX_NAMES_SHOWN else ""
+    return f"[{', '.join(value[:_MAX_NAMES_SHOWN])}{more}]"
 
 
 def _check_base(config: Config, file: Mapping[str, Any]) -> Iterator[Problem]:

@@ -127,23 +127,26 @@ def _shapes_in(folder: Path) -> dict[str, tuple[int, ...]]:
 def _require_fit(
     folder: Path, wanted: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]]
 ) -> None:
-    merge = f"If the base is right, merge it: burnish merge {folder} OUT; then model.path: OUT."
-    cure = f"Is model.path the base that it was trained on, and the file whole? {merge}"
+    base = "Is model.path the base that it was trained on?"
+    again = f"{base} If so, copy or download the folder again."
+    merge = f"{base} If so, merge it: burnish merge {folder} OUT; then model.path: OUT."
+    sizes = [
+        f"{name} {list(found[name])} instead of {list(shape)}"
+        for name, shape in wanted.items()
+        if name in found and found[name] != shape
+    ]
     lists = (
-        ("weights are missing in it and would be fresh", [name for name in wanted if name not in found]),
-        ("weights belong to no part of this adapter", [name for name in found if name not in wanted]),
         (
-            "weights have another shape than the base asks for",
-            [
-                f"{name} {list(found[name])} instead of {list(shape)}"
-                for name, shape in wanted.items()
-                if name in found and found[name] != shape
-            ],
+            "are missing in the file, and would be fresh",
+            [name for name in wanted if name not in found],
+            again,
         ),
+        ("in the file belong to no part of this adapter", [n for n in found if n not in wanted], merge),
+        ("have another shape than this adapter on this base", sizes, base),
     )
     problems = [
-        Problem("adapter.path", f"{folder}: {len(names)} {what}: {_some(names)}", cure)
-        for what, names in lists
+        Problem("adapter.path", f"{folder}: weights {what} ({len(names):,} in all): {_some(names)}", cure)
+        for what, names, cure in lists
         if names
     ]
     if problems:
