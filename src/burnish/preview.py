@@ -212,7 +212,7 @@ def _grown_shape(config: Config, tokenizer: Any) -> ModelShape:
     """`model_shape`, with the rows that `model.add_tokens` and `pad_vocab_multiple` add."""
     from burnish.data.tokenizer import vocabulary_of
 
-    return model_shape(config).grown(vocabulary_of(tokenizer, config.model))
+    return model_shape(config).grown(vocabulary_of(tokenizer, config.model, config.adapter))
 
 
 def _device(options: PlanOptions) -> Device | None:

@@ -65,7 +65,7 @@ def train(config: Config) -> Path:
     # Data first: it needs no other rank, so nobody waits inside a collective while it is prepared.
     tokenizer, template = load_tokenizer(config.model, config.data)
     data = prepare(config, tokenizer, template)
-    vocabulary = vocabulary_of(tokenizer, config.model)
+    vocabulary = vocabulary_of(tokenizer, config.model, config.adapter)
     model_config = load_model_config(config.model)
     shape = shape_of(model_config).grown(vocabulary)
     require_rows(tokenizer, shape.vocab_size, (data.train, data.eval))

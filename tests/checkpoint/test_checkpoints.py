@@ -6,7 +6,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import get_args
 
@@ -283,6 +283,20 @@ def test_the_order_of_parts_is_a_fingerprint_and_their_factors_are_not() -> None
 
     assert of(embed_tokens=0.5, lm_head=2.0) == of(embed_tokens=2.0, lm_head=0.5)
     assert of(embed_tokens=0.5, lm_head=2.0) != of(lm_head=2.0, embed_tokens=0.5)
+
+
+def test_the_adapter_to_begin_with_is_told_by_its_content(tmp_path: Path) -> None:
+    def of(**adapter: object) -> Mapping[str, str]:
+        values = {"model": {"path": "m"}, "data": {"train": "d.jsonl"}, "output_dir": "out"}
+        return fingerprints(Config.model_validate({**values, "adapter": adapter}), "t", None, "h")
+
+    for name, content in (("one", b"abc"), ("moved", b"abc"), ("other", b"abd")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "adapter_model.safetensors").write_bytes(content)
+    assert "adapter.path" not in of() and "path" not in json.loads(of()["adapter"])  # as in older checkpoints
+    one, moved, other = (of(path=str(tmp_path / name)) for name in ("one", "moved", "other"))
+    assert one == moved
+    assert {name for name in one if one[name] != other[name]} == {"adapter.path"}
 
 
 def test_a_changed_rate_is_told(tmp_path: Path) -> None:

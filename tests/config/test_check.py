@@ -1,10 +1,12 @@
 """Contradictions between keys, one by one, and configs that look odd and are right."""
 
+import json
 from pathlib import Path
 
 import pytest
 
-from burnish.config.load import load_config
+from burnish.config.adapter_file import doubt_about_base
+from burnish.config.load import dump_config, load_config
 from burnish.errors import ConfigError
 
 BASE = ["--model.path", "some/model", "--data.train", "rows.jsonl", "--output_dir", "runs/a"]
@@ -242,3 +244,124 @@ def test_a_run_where_its_checkpoint_is_meant_names_the_newest():
     Path("begun/checkpoints").mkdir(parents=True)
     with pytest.raises(ConfigError, match="is a run, and has no checkpoint"):
         load_config(None, [*BASE, "--checkpoint.resume", "begun"])
+
+
+ADAPTER = {
+    "peft_type": "LORA",
+    "task_type": "CAUSAL_LM",
+    "base_model_name_or_path": "some/model",
+    "r": 4,
+    "lora_alpha": 8,
+    "lora_dropout": 0.1,
+    "target_modules": ["v_proj", "q_proj"],
+    "use_dora": True,
+    "rank_pattern": {},
+    "modules_to_save": None,
+    "megatron_core": "megatron.core",
+    "inference_mode": True,
+}
+
+
+def write_adapter(name="first", weights="adapter_model.safetensors", **changes):
+    folder = Path(name)
+    folder.mkdir(exist_ok=True)
+    (folder / "adapter_config.json").write_text(json.dumps({**ADAPTER, **changes}))
+    (folder / weights).write_bytes(b"")
+    return ["--adapter.path", name]
+
+
+def refused(*flags):
+    with pytest.raises(ConfigError) as caught:
+        load_config(None, [*BASE, *flags])
+    return {problem.where: f"{problem.what} / {problem.cure}" for problem in caught.value.problems}
+
+
+def test_what_is_not_set_is_the_adapters_own(tmp_path):
+    begun = write_adapter()
+    config = load_config(None, [*BASE, *begun])
+    adapter = config.adapter
+    assert adapter is not None and config.model.tokenizer is None
+    assert (adapter.kind, adapter.rank, adapter.alpha, adapter.dropout) == ("dora", 4, 8, 0.1)
+    assert adapter.targets == ("q_proj", "v_proj")
+    again = tmp_path / "config.yaml"
+    again.write_text(dump_config(config))
+    assert load_config(again, []) == config
+    same = ["--adapter.rank", "4", "--adapter.alpha", "8", "--adapter.targets", "[v_proj, q_proj]"]
+    assert load_config(None, [*BASE, *begun, *same]) == config
+    Path("first/tokenizer.json").write_text("{}")
+    config = load_config(None, [*BASE, *begun, "--adapter.dropout", "0", "--adapter.quantize", "nf4"])
+    assert config.adapter is not None and config.adapter.dropout == 0 and config.model.tokenizer == "first"
+    assert load_config(None, [*BASE, *begun, "--model.tokenizer", "a/b"]).model.tokenizer == "a/b"
+
+
+def test_what_decides_shapes_is_not_set_anew():
+    other = ["--adapter.kind=lora", "--adapter.rank=8", "--adapter.alpha=1", "--adapter.targets=[o]"]
+    found = refused(*write_adapter(), *other)
+    assert set(found) == {"adapter.kind", "adapter.rank", "adapter.alpha", "adapter.targets"}
+    assert "is 8, but the adapter in adapter.path has 4 / Leave it out" in found["adapter.rank"]
+    assert "all-linear" in refused(*write_adapter(), "--adapter.targets", "all-linear")["adapter.targets"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"peft_type": "IA3"}, "peft_type IA3"),
+        ({"task_type": "SEQ_CLS"}, "task_type SEQ_CLS"),
+        ({"rank_pattern": {"q_proj": 8}}, "rank_pattern"),
+        ({"alpha_pattern": {"q_proj": 8}}, "alpha_pattern"),
+        ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
+        ({"bias": "all"}, "bias all"),
+        ({"layers_to_transform": [1]}, "layers_to_transform"),
+        ({"init_lora_weights": "pissa"}, "belongs to a changed base"),
+        ({"use_rslora": True}, "use_dora and use_rslora"),
+        ({"something_new": 3}, "something_new, which is not kept"),
+        ({"r": "4"}, "which is no rank"),
+        ({"lora_alpha": None}, "which is no scale"),
+        ({"lora_dropout": 1}, "which is no share"),
+        ({"target_modules": ".*q_proj"}, "no list of names"),
+        ({"target_modules": None}, "no list of names"),
+        ({"trainable_token_indices": {"embed_tokens": [1], "lm_head": [2]}}, "not the same tokens"),
+    ],
+)
+def test_adapters_that_would_lose_something_are_merged(changes, message):
+    found = refused(*write_adapter(**changes))["adapter.path"]
+    assert message in found and "burnish merge first OUT" in found
+
+
+def test_what_is_no_adapter_is_said_with_what_to_give():
+    assert "there is no folder nowhere" in refused("--adapter.path", "nowhere")["adapter.path"]
+    assert "hf download some/one" in refused("--adapter.path", "some/one")["adapter.path"]
+    assert "give it as model.path" in refused("--adapter.path", "model")["adapter.path"]
+    Path("run").mkdir()
+    write_adapter("run/final")
+    assert "give its result: run/final" in refused("--adapter.path", "run")["adapter.path"]
+    assert "as a pickle" in refused(*write_adapter("old", "adapter_model.bin"))["adapter.path"]
+    broken = write_adapter("broken")
+    Path("broken/adapter_config.json").write_text("{")
+    assert "cannot be read" in refused(*broken)["adapter.path"]
+    found = refused("--adapter.path", "run/final", "--output_dir", "run")
+    assert "holds adapter.path" in found["output_dir"]
+    found = refused(*write_adapter(), "--model.init", "random")
+    assert "a base that it was not trained on" in found["adapter.path"]
+    found = refused("--model.path", "first")["model.path"]
+    assert "adapter.path: first and model.path: some/model" in found and "burnish merge first" in found
+
+
+def test_an_adapters_base_is_compared_where_names_can_be(tmp_path):
+    def doubt(*flags, **changes):
+        return doubt_about_base(load_config(None, [*BASE, *write_adapter(**changes), *flags]))
+
+    assert doubt() is None
+    assert doubt(base_model_name_or_path="Some/Model") is None
+    here = ["--model.path", "model"]
+    assert doubt(*here, base_model_name_or_path=str(tmp_path / "model")) is None
+    assert "make sure that model is the same" in (doubt(*here) or "")
+    assert "/elsewhere/model" in (doubt(base_model_name_or_path="/elsewhere/model") or "")
+    assert "does not say" in (doubt(base_model_name_or_path=None) or "")
+    assert "revision abc" in (doubt(revision="abc") or "")
+    found = refused(*write_adapter(base_model_name_or_path="other/model"))["adapter.path"]
+    assert "Set model.path: other/model" in found
+    Path("copy").mkdir()
+    Path("copy/config.json").write_text("{}")
+    found = refused(*write_adapter(base_model_name_or_path=str(tmp_path / "copy")), *here)["adapter.path"]
+    assert "but model.path is model" in found

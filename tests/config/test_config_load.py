@@ -188,7 +188,7 @@ def test_names_from_elsewhere_lead_to_keys_and_say_what_differs():
         *["--packing_samples", "--flash_attn"],
     )
     assert "batch.global_examples? A whole step: examples per GPU" in found["gradient_accumulation_steps"]
-    assert "burnish merge" in found["lora_model_dir"] and "Did you mean" not in found["lora_model_dir"]
+    assert "Did you mean adapter.path? One folder" in found["lora_model_dir"]
     assert "Not needed" in found["group_by_length"]
     assert "Did you mean data.packing?" in found["--packing_samples"]
     assert "Did you mean model.attention?" in found["--flash_attn"]

@@ -1,5 +1,6 @@
 """Every config that is shipped is one that the loader takes and the checks find nothing wrong with."""
 
+import json
 import re
 from pathlib import Path
 
@@ -28,6 +29,11 @@ def _made_up(folder: Path, text: str) -> None:
 def _load(folder: Path, text: str, monkeypatch: pytest.MonkeyPatch) -> Config:
     _made_up(folder, text)
     (folder / "config.yaml").write_text(text)
+    for name in re.findall(r"^adapter:\n  path: (\S+)", text, re.MULTILINE):
+        (folder / name).mkdir(parents=True)
+        adapter = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["q_proj"]}
+        (folder / name / "adapter_config.json").write_text(json.dumps(adapter))
+        (folder / name / "adapter_model.safetensors").touch()
     monkeypatch.chdir(folder)
     return load_config(Path("config.yaml"), [])
 

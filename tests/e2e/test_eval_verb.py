@@ -7,9 +7,14 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
+from peft import AutoPeftModelForCausalLM
+from safetensors.torch import load_file, save_file
 
 from burnish.config.load import load_config
-from burnish.errors import ConfigError
+from burnish.errors import ConfigError, InterruptedRunError
+from burnish.export import merge
+from burnish.preview import check_data
 from burnish.run import train
 from burnish.scoring import score
 from cluster.tiny_job import NUM_STEPS, write_tiny_job
@@ -74,3 +79,82 @@ def test_the_line_names_the_models_step_and_counts_are_whole_numbers(job: Path, 
     flags = ["--data.chat_template", "chatml"]
     odd = shutil.copy(data[0], tmp_path / 'held "out".jsonl')
     assert json.loads(score([str(tmp_path / "model"), *flags], [str(odd)], True))["step"] is None
+
+
+@pytest.fixture(scope="module")
+def adapter(job: Path) -> Path:
+    """An adapter of the job's result, with rows for a token of its own."""
+    out = job.parent / "adapter"
+    flags = ["--adapter.rank=2", "--adapter.dropout=0.1", "--model.add_tokens=[kWh]"]
+    base = [f"--model.path={job.parent / 'run/final'}", "--model.init=pretrained"]
+    train(load_config(job, [*base, *flags, f"--output_dir={out}"]))
+    return out / "final"
+
+
+def going_on(job: Path, adapter: Path, *flags: str) -> list[str]:
+    base = [f"--model.path={job.parent / 'run/final'}", "--model.init=pretrained"]
+    return [*base, f"--adapter.path={adapter}", "--model.freeze=[lora_A]", *flags]
+
+
+def test_a_run_that_begins_with_an_adapter_begins_where_its_evaluation_ended(
+    job: Path, adapter: Path, tmp_path: Path
+) -> None:
+    out = train(load_config(job, going_on(job, adapter, f"--output_dir={tmp_path / 'run'}")))
+    lines = map(json.loads, (tmp_path / "run/metrics.jsonl").read_text().splitlines())
+    first, *_, last = (line for line in lines if line["kind"] == "eval")
+    for model, line in ((adapter, first), (out, last)):
+        found = json.loads(score([str(model.parent / "config.yaml")], [], True))
+        assert found["loss"] == pytest.approx(line["loss"], rel=1e-6)
+    assert first["loss"] != pytest.approx(last["loss"], rel=1e-3)
+    given, trained = (load_file(place / "adapter_model.safetensors") for place in (adapter, out))
+    assert given.keys() == trained.keys() and any("token_adapter" in name for name in given)
+    for name, weight in given.items():
+        stays = "lora_A" in name or "embed_tokens" in name  # frozen; and no row has the token
+        assert torch.equal(weight, trained[name]) is stays, name
+    assert AutoPeftModelForCausalLM.from_pretrained(out).peft_config["default"].r == 2
+    assert merge(out, tmp_path / "merged", "fp32").same_top_token == 1
+    assert "begun with the adapter: `adapter`" in (out / "README.md").read_text()
+
+
+def test_a_stopped_run_goes_on_and_does_not_begin_again(
+    job: Path, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, cut = (going_on(job, adapter, f"--output_dir={tmp_path / name}") for name in ("whole", "cut"))
+    train(load_config(job, whole))
+    saving = [*cut, "--checkpoint.every_steps=2", "--checkpoint.resume=auto"]
+    from burnish.checkpoint.commit import save_checkpoint
+
+    def saved_and_stopped(*arguments, **named):
+        save_checkpoint(*arguments, **named)
+        raise InterruptedRunError("stopped")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("burnish.train.loop.save_checkpoint", saved_and_stopped)
+        with pytest.raises(InterruptedRunError):
+            train(load_config(job, saving))
+    train(load_config(job, saving))
+    ours, theirs = (
+        load_file(tmp_path / name / "final/adapter_model.safetensors") for name in ("cut", "whole")
+    )
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_an_adapter_of_other_weights_is_refused_before_training(
+    job: Path, adapter: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "other"
+    shutil.copytree(adapter, folder)
+    file = folder / "adapter_model.safetensors"
+    weights = load_file(file)
+    names = [name for name in sorted(weights) if "lora" in name]
+    lost = weights.pop(names[0])
+    weights |= {"base_model.model.stray.lora_A.weight": lost.clone(), names[1]: torch.zeros(3)}
+    save_file(weights, file)
+    config = load_config(job, going_on(job, folder, f"--output_dir={tmp_path / 'run'}"))
+    for refuses in (check_data, train):
+        with pytest.raises(ConfigError) as caught:
+            refuses(config)
+        missing, stray, size = (problem.what for problem in caught.value.problems)
+        assert "missing" in missing and names[0] in missing
+        assert "stray" in stray and f"{names[1]} [3] instead of" in size
+    assert not (tmp_path / "run").exists()

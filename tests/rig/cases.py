@@ -29,7 +29,7 @@ from burnish.model.load import load_model, load_model_config, stored_dtype
 from burnish.records import MicroBatch, StepStats
 from burnish.runtime import Ranks, barrier, sum_over_ranks
 from burnish.train.loop import TrainJob, train
-from rig.grown import grown, sighted
+from rig.grown import begun, grown, sighted
 from rig.half import deepspeed_accepts_fp16, restless_scale
 from rig.runs import Memory, make_job, run_case, summary, weights_hash
 from rig.toy import toy_config, toy_llama, toy_model
@@ -262,6 +262,7 @@ CASES: dict[str, Callable[[Mapping[str, Any], Ranks, Path], dict[str, Any]]] = {
     "wide": wide,
     "half": half,
     "grown": grown,
+    "begun": begun,
     "sighted": sighted,
     "partitioned": partitioned,
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +18,14 @@ from transformers import (
     Qwen2VLForConditionalGeneration,
 )
 
+from burnish.config.adapter_file import token_rows_of, with_its_adapter
+from burnish.config.schema import Config
 from burnish.data.store import ExampleStore
 from burnish.engine.build import model_init_context, parameter_dtype
-from burnish.export import Exporter
-from burnish.model.adapt import adapt
+from burnish.export import Exporter, ExportFacts, export_final
 from burnish.model.attention import can_isolate
+from burnish.model.build import build_model
 from burnish.model.forward import SupervisedModel
-from burnish.model.load import load_model
-from burnish.model.vocabulary import train_tokens
 from burnish.records import Example, Vocabulary
 from burnish.runtime import Ranks, barrier
 from burnish.train.loop import TrainJob, train
@@ -40,6 +41,31 @@ def grown(case: Mapping[str, Any], ranks: Ranks, output_dir: Path) -> dict[str, 
     base = toy_llama(tied=case.get("tied", False))
     vocabulary = Vocabulary(frozenset(NEW_TOKENS), frozenset(NEW_TOKENS), case.get("multiple"))
     return _run(case, ranks, output_dir, base, vocabulary)
+
+
+def begun(case: Mapping[str, Any], ranks: Ranks, output_dir: Path) -> dict[str, Any]:
+    """A run that begins with the adapter of the run in `folder`; `start/` holds it as it is before a step."""
+    other = Path(case["folder"])
+    settings = {"model.path": str(other / "base"), "model.init": "pretrained", **case["settings"]}
+    config, problems = with_its_adapter(
+        toy_config(output_dir, {**settings, "adapter.path": str(other / "final")})
+    )
+    assert not problems, problems
+    tokens = frozenset(token_rows_of(config.adapter))
+    vocabulary = Vocabulary(tokens, tokens)
+    job, exporter, model = _job(config, ranks, vocabulary)
+    held = job.engine.export_state()
+    if config.model.dtype == "bf16":  # ZeRO's forward has rounded weights, its masters have not
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+        held = {name: safe_get_full_fp32_param(p) for name, p in trained}
+    if held is not None and ranks.is_main:
+        tokenizer, facts = _tokenizer(vocabulary), ExportFacts(0, 0, 0)
+        export_final(config, model, held, tokenizer, None, output_dir / "start", facts)
+    state = train(job)
+    exporter.export(output_dir / "final", state)
+    return summary(job)
 
 
 def sighted(case: Mapping[str, Any], ranks: Ranks, output_dir: Path) -> dict[str, Any]:
@@ -70,33 +96,23 @@ def _run(
     settings = {**case["settings"], "model.path": str(folder), "model.init": "pretrained"}
     if "resume_at" in case:
         step = case["resume_at"]
-        train(_job({**settings, "checkpoint.every_steps": step}, ranks, output_dir, vocabulary)[0])
+        saving = toy_config(output_dir, {**settings, "checkpoint.every_steps": step})
+        train(_job(saving, ranks, vocabulary)[0])
         settings["checkpoint.resume"] = str(output_dir / f"checkpoints/step-{step:08d}")
-    job, exporter = _job(settings, ranks, output_dir, vocabulary)
+    job, exporter, _ = _job(toy_config(output_dir, settings), ranks, vocabulary)
     state = train(job)
     exporter.export(output_dir / "final", state)
     return summary(job)
 
 
-def _job(
-    settings: Mapping[str, Any], ranks: Ranks, output_dir: Path, vocabulary: Vocabulary
-) -> tuple[TrainJob, Exporter]:
-    config = toy_config(output_dir, settings)
+def _job(config: Config, ranks: Ranks, vocabulary: Vocabulary) -> tuple[TrainJob, Exporter, Any]:
     dtype = parameter_dtype(config, ranks)
-    model = load_model(
-        config.model,
-        seed=config.train.seed,
-        init_context=model_init_context(config, ranks, torch.device("cpu"), dtype),
-        param_dtype=dtype,
-        vocabulary=vocabulary,
-    )
-    with model_init_context(config, ranks, torch.device("cpu"), dtype):
-        model = adapt(model, config.adapter, "none", seed=config.train.seed)
-    train_tokens(model, vocabulary.fresh(VOCABULARY))
+    context = partial(model_init_context, config, ranks, torch.device("cpu"), dtype)
+    model = build_model(config, dtype, vocabulary, vocabulary.fresh(VOCABULARY), context)
     job = make_job(config, ranks, model=SupervisedModel(model, can_isolate(model)))
     if vocabulary.named:
         job = replace(job, feed=Feed(_with_new_tokens(), job.feed.packed, 0))
-    return job, Exporter(config, job.engine, model, _tokenizer(vocabulary), None, ranks)
+    return job, Exporter(config, job.engine, model, _tokenizer(vocabulary), None, ranks), model
 
 
 def _with_new_tokens() -> ExampleStore:

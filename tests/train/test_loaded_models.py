@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
 from burnish.export import merge
+from burnish.export.folder import same_bits
 from rig.grown import NEW_TOKENS, toy_qwen2_vl
 from rig.spawn import run_cases
 from rig.toy import VOCABULARY
@@ -33,11 +34,24 @@ TRAINED: dict[str, dict[str, Any]] = {
 ON_TWO = [(t, s) for t in ("full", "lora") for s in STAGES]
 ON_TWO += [(t, "zero3") for t in ("tied", "tiedlora", "pissa", "dora", "vision", "visionlora")]
 ON_TWO += [("vision", "zero2")]
+BEGUN = ("lora", "tiedlora", "pissa", "dora", "visionlora")
+BEGUN_ON_TWO: dict[str, tuple[str, dict[str, Any]]] = {
+    "begun-local": ("lora", LOCAL),
+    **{f"begun-{stage}": ("lora", STAGES[stage]) for stage in STAGES},
+    **{f"begun-{trained}": (trained, STAGES["zero3"]) for trained in BEGUN if trained != "lora"},
+    "begun-bf16": ("lora", {**STAGES["zero3"], "model.dtype": "bf16"}),
+}
 
 
 def _case(trained: str, engine: dict[str, Any], **more: Any) -> dict[str, Any]:
     case = TRAINED[trained]
     return {**case, "settings": {**case["settings"], **engine}, **more}
+
+
+def _begun(folder: Path, trained: str, engine: dict[str, Any]) -> dict[str, Any]:
+    """A short run that begins with the adapter that one process trained."""
+    settings = {"train.max_steps": 2, **engine}
+    return {"kind": "begun", "folder": str(folder / "1" / trained), "settings": settings}
 
 
 @pytest.fixture(scope="module")
@@ -50,13 +64,15 @@ def alone(folder: Path) -> dict[str, Any]:
     """The reference: one process, plain PyTorch; and the same gone on with from step 3."""
     cases = {trained: _case(trained, LOCAL) for trained in TRAINED}
     cases["resumed"] = _case("tiedlora", LOCAL, resume_at=3)
+    cases |= {f"begun-{trained}": _begun(folder, trained, LOCAL) for trained in BEGUN}
     return run_cases(cases, folder / "1", 1)
 
 
 @pytest.fixture(scope="module")
-def two(folder: Path) -> dict[str, Any]:
+def two(folder: Path, alone: dict[str, Any]) -> dict[str, Any]:
     cases = {f"{trained}-{stage}": _case(trained, STAGES[stage]) for trained, stage in ON_TWO}
     cases["resumed"] = _case("lora", STAGES["zero3"], resume_at=3)
+    cases |= {name: _begun(folder, trained, more) for name, (trained, more) in BEGUN_ON_TWO.items()}
     return run_cases(cases, folder / "2", 2)
 
 
@@ -81,6 +97,21 @@ def test_resumed_to_the_bit(alone, folder):
     assert alone["resumed"]["losses"] == alone["tiedlora"]["losses"][3:]
     ours, theirs = _exported(folder / "1/resumed"), _exported(folder / "1/tiedlora")
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[k], theirs[k]) for k in ours)
+
+
+@pytest.mark.parametrize("name", BEGUN_ON_TWO)
+def test_every_rank_begins_with_the_same_adapter(name, alone, two, folder):
+    """Before a step every weight is that of the file, to the bit; and the steps are those of one process."""
+    trained, _ = BEGUN_ON_TWO[name]
+    given = _exported(folder / "1" / trained)
+    for place in (folder / "2" / name, folder / "1" / f"begun-{trained}"):
+        (file,) = place.glob("start/*.safetensors")
+        start, end = load_file(file), _exported(place)
+        assert start.keys() == given.keys() == end.keys()
+        assert all(same_bits(start[key], given[key]) for key in given)
+        assert not any(torch.equal(end[key].float(), given[key]) for key in given)
+    expected, found = alone[f"begun-{trained}"]["losses"], two[name]["losses"]
+    assert found == pytest.approx(expected, rel=2e-2 if name == "begun-bf16" else 5e-5)
 
 
 @pytest.mark.parametrize("trained", ["full", "tied"])

@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
+from burnish.config.adapter_file import recorded_base
 from burnish.config.raw_deepspeed import misspelt_settings, refused_settings
 from burnish.config.row_rules import misnamed_rules
 from burnish.config.schema import Config, SourceConfig
@@ -117,7 +118,11 @@ def _check_model_folder(folder: Path) -> Iterator[Problem]:
     if (folder / "config.json").is_file():
         return
     if (folder / "adapter_config.json").is_file():
-        cure = f"Merge it first: burnish merge {folder} OUT; then model.path: OUT."
+        base = recorded_base(folder) or "its base"
+        cure = (
+            f"To go on training it: adapter.path: {folder} and model.path: {base}. "
+            f"Or merge it: burnish merge {folder} OUT; then model.path: OUT."
+        )
         yield Problem("model.path", f"{folder} is an adapter, not a model", cure)
         return
     results = _results_of_run(folder)

@@ -23,6 +23,11 @@ NAMES_ELSEWHERE: Mapping[str, str] = {
     "attn_implementation": "model.attention",
     "gradient_checkpointing": "model.activation_checkpointing",
     "lora": "adapter",
+    "lora_model_dir": "adapter.path",
+    "adapter_name_or_path": "adapter.path",
+    "adapter_path": "adapter.path",
+    "peft_model_path": "adapter.path",
+    "peft_model_name_or_path": "adapter.path",
     "peft": "adapter",
     "lora_r": "adapter.rank",
     "r": "adapter.rank",
@@ -171,7 +176,7 @@ _ANSWERS = "Only answers are learned by default; `all` learns everything."
 _KINDS = "dora there; also rslora and pissa."
 _SECTION = "An `adapter:` section is LoRA, none is full fine-tuning."
 _BESIDE = "Not built: beside an adapter only the rows of model.add_tokens are trained."
-_MERGE = "Not built: `burnish merge ADAPTER OUT`, then model.path: OUT with a new adapter."
+_ONE_ADAPTER = "One folder; rank, alpha, kind and targets are then its own, and model.path stays the base."
 _FROZEN = "It names what stays as it is, not what is trained."
 _STEPS = "It counts steps; `burnish plan` shows how many an epoch has."
 _PACKED = "Not needed: documents are packed, and the cut never changes the result."
@@ -181,7 +186,7 @@ _FOLDER = "Not needed: the model's folder says it."
 
 NOTES_ELSEWHERE: Mapping[str, str] = {
     "activation_offloading": "`offload` there.",
-    "adapter_name_or_path": _MERGE,
+    "adapter_name_or_path": _ONE_ADAPTER,
     "additional_target": _BESIDE,
     "apply_chat_template": "It is always applied; that key is for another one than the tokenizer's.",
     "assistant_only_loss": _ANSWERS,
@@ -214,7 +219,7 @@ NOTES_ELSEWHERE: Mapping[str, str] = {
     "load_best_model_at_end": "Not needed: the best evaluation's model is in output_dir/best.",
     "load_in_4bit": "nf4 there is QLoRA; without an adapter nothing is trained in 4 bits.",
     "load_in_8bit": "Bases in 8 bits are not built; nf4 there is QLoRA.",
-    "lora_model_dir": _MERGE,
+    "lora_model_dir": _ONE_ADAPTER,
     "lora_modules_to_save": _BESIDE,
     "lora_target_linear": "all-linear is the default.",
     "mask_history": "`last_assistant` there.",
@@ -249,6 +254,8 @@ NOTES_ELSEWHERE: Mapping[str, str] = {
     "use_rslora": _KINDS,
     "use_tensorboard": _TRACKERS,
     "use_wandb": _TRACKERS,
+    "peft_model_name_or_path": _ONE_ADAPTER,
+    "peft_model_path": _ONE_ADAPTER,
     "wandb_project": "[wandb] there; the project is burnish, runs are named after output_dir's folder.",
     "warmup_steps": "A share: warm-up steps by all steps, which `burnish plan` shows.",
 }

@@ -12,6 +12,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from burnish.config import names
+from burnish.config.adapter_file import with_its_adapter
 from burnish.config.check import check_config
 from burnish.config.flags import apply_flags
 from burnish.config.names import config_schema
@@ -28,6 +29,7 @@ _MAX_VALUE_CHARS = 80
 _PATH_KEYS = (
     ("model", "path"),
     ("model", "tokenizer"),
+    ("adapter", "path"),
     ("data", "chat_template"),
     ("data", "cache_dir"),
     ("checkpoint", "resume"),
@@ -43,6 +45,9 @@ def load_config(path: Path | None, overrides: Sequence[str] = ()) -> Config:
         overrides: Dotted flags, `["--optim.lr", "2e-5", "--train.epochs=2"]`; they win over the
             file, and a later one over an earlier one. Lists and mappings are given as YAML or JSON.
 
+    Returns:
+        The config; what it leaves to the adapter in `adapter.path` is taken from there.
+
     Raises:
         ConfigError: Every problem found, each with its key, the value and a cure: unknown keys,
             wrong types, missing keys, contradictions (`check_config`).
@@ -55,7 +60,9 @@ def load_config(path: Path | None, overrides: Sequence[str] = ()) -> Config:
     problems += reader.problems
     if config is not None:
         # Where keys were wrong, their defaults stood in: keep quiet about what hangs on them.
-        problems += [p for p in check_config(config) if not reader.concerns_bad_key(p)]
+        config, of_adapter = with_its_adapter(config)
+        found = [*of_adapter, *check_config(config)]
+        problems += [p for p in found if not reader.concerns_bad_key(p)]
     if problems or config is None:
         raise ConfigError(*problems)
     return config

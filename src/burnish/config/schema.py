@@ -59,6 +59,8 @@ class ModelConfig(_Section):
 class AdapterConfig(_Section):
     """Train a small adapter instead of the whole model."""
 
+    path: str | None = None
+    """Folder of an adapter to go on training; what is not set here is taken from it. null begins anew."""
     kind: Literal["lora", "rslora", "dora", "pissa"] = "lora"
     """Which low-rank adapter."""
     rank: PositiveInt = 64

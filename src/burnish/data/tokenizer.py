@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from jinja2 import TemplateError
 
-from burnish.config.schema import DataConfig, ModelConfig
+from burnish.config.adapter_file import token_rows_of
+from burnish.config.schema import AdapterConfig, DataConfig, ModelConfig
 from burnish.data.sandbox import probe_template
 from burnish.data.vocabulary import add_tokens
 from burnish.errors import DataError, Problem
@@ -90,14 +91,18 @@ def _tell_of_spelled_end(tokenizer: PreTrainedTokenizerBase, template: str | Non
         )
 
 
-def vocabulary_of(tokenizer: PreTrainedTokenizerBase, model: ModelConfig) -> Vocabulary:
-    """What a tokenizer that `load_tokenizer` gave asks of the model's embedding."""
+def vocabulary_of(
+    tokenizer: PreTrainedTokenizerBase, model: ModelConfig, adapter: AdapterConfig | None = None
+) -> Vocabulary:
+    """What a tokenizer that `load_tokenizer` gave asks of the model's embedding, and what an adapter that
+    the run begins with brings rows for."""
+    brought = frozenset(token_rows_of(adapter))
     if not model.add_tokens:
-        return Vocabulary(multiple=model.pad_vocab_multiple)
+        return Vocabulary(brought, brought, model.pad_vocab_multiple)
     known = frozenset(_load(model).get_vocab().values())
     numbers: Any = tokenizer.convert_tokens_to_ids(list(model.add_tokens))
     named = frozenset(numbers)
-    return Vocabulary(named, named - known, model.pad_vocab_multiple)
+    return Vocabulary(named | brought, (named - known) | brought, model.pad_vocab_multiple)
 
 
 def padding_id(tokenizer: PreTrainedTokenizerBase) -> int:

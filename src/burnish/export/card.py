@@ -93,9 +93,17 @@ def _settings(config: Config, facts: ExportFacts) -> dict[str, str]:
     if config.adapter is not None:
         adapter = config.adapter
         settings["adapter"] = f"{adapter.kind}, rank {adapter.rank}, alpha {adapter.alpha:g}"
+        if adapter.path is not None:
+            settings["begun with the adapter"] = f"`{_result_name(adapter.path)}`"
         if adapter.quantize:
             settings["base kept in"] = adapter.quantize
     return settings
+
+
+def _result_name(path: str) -> str:
+    """What a result is called: by its run's name, where it is a run's `final` or `best`."""
+    folder = Path(path).resolve()
+    return folder.parent.name if folder.name in ("final", "best") else folder.name
 
 
 def write_facts(folder: Path, facts: ExportFacts) -> None:

@@ -10,9 +10,11 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 from transformers import PreTrainedModel
 
+from burnish.config.adapter_file import modules_left_out
 from burnish.config.patterns import names_part
 from burnish.config.schema import AdapterConfig
 from burnish.errors import ConfigError, Problem
+from burnish.model.begin import require_fit
 from burnish.model.reach import not_called, tell_unreached, unreached_weights
 from burnish.model.recompute import Level, Region, recompute_layers
 from burnish.model.tiling import tile_layers
@@ -73,14 +75,19 @@ def require_names(model: PreTrainedModel, adapter: AdapterConfig | None, freeze:
         adapter, freeze: As for `adapt`.
 
     Raises:
-        ConfigError: Target modules or parts to freeze that do not exist, or nothing left to train.
+        ConfigError: Target modules or parts to freeze that do not exist, nothing left to train, or an
+            adapter to begin with that is not one of this model.
     """
     adapted: nn.Module = model
     if adapter is not None:
         _target_weights(model, adapter)
         # No name depends on the rank. PiSSA begins with the weights' own values, under plain LoRA's names.
         kind = "lora" if adapter.kind == "pissa" else adapter.kind
-        adapted = _adapted(model, adapter.model_copy(update={"rank": 1, "kind": kind}))
+        rank = 1 if adapter.path is None else adapter.rank
+        adapted = _adapted(model, adapter.model_copy(update={"rank": rank, "kind": kind}))
+        if adapter.path is not None:
+            assert isinstance(adapted, PeftModel)
+            require_fit(adapted, adapter)
     _freeze(adapted, freeze)
 
 
@@ -127,7 +134,7 @@ def _adapted(model: PreTrainedModel, adapter: AdapterConfig) -> nn.Module:
 
 def _lora_config(model: PreTrainedModel, adapter: AdapterConfig) -> LoraConfig:
     weights = _target_weights(model, adapter)
-    excluded = not_called(model) if isinstance(adapter.targets, str) else []
+    excluded = not_called(model) if isinstance(adapter.targets, str) else modules_left_out(adapter)
     return LoraConfig(
         task_type="CAUSAL_LM",
         r=adapter.rank,

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from burnish.config.schema import Config, ModelConfig
 from burnish.model.adapt import require_names
 from burnish.model.attention import OWN, Capability, asked, can_isolate
+from burnish.model.begin import tell_doubt
 from burnish.model.load import load_model_config
 from burnish.model.vision import architecture_of, count_kept, freeze_vision
 from burnish.plan.shapes import ModelShape
@@ -69,7 +70,8 @@ def foresee_capability(config: Config) -> Capability | None:
 
 
 def require_parts(config: Config) -> None:
-    """Refuse `adapter.targets` and `model.freeze` where the model has no such part, in `adapt`'s own words.
+    """Refuse `adapter.targets` and `model.freeze` where the model has no such part, in `adapt`'s own words,
+    and an adapter to begin with that is not one of this model.
 
     The model is built without memory for its weights. Silent where the code comes with the model, which only
     loading runs.
@@ -80,5 +82,6 @@ def require_parts(config: Config) -> None:
     empty = _empty(load_model_config(config.model))
     if empty is None:
         return
+    tell_doubt(config)
     freeze_vision(empty)
     require_names(empty, config.adapter, config.model.freeze)
