@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 
 from burnish.checkpoint.fingerprints import fingerprints, require_same, what_ranks_share
+from burnish.checkpoint.resume import with_its_engine
 from burnish.config.schema import Config
 from burnish.data.count import count_windows
 from burnish.data.prefixes import Prefixes
@@ -42,8 +43,7 @@ from burnish.runtime import (
     smallest_over_ranks,
     start_process_group,
 )
-from burnish.train.loop import TrainJob
-from burnish.train.loop import train as run_loop
+from burnish.train import loop
 from burnish.train.step import Feed
 
 
@@ -60,7 +60,7 @@ def train(config: Config) -> Path:
     device = pick_device(ranks)
     bound_kernel_caches(device)
     quieten_libraries()
-    run_dir = Path(config.output_dir)
+    run_dir, config = Path(config.output_dir), with_its_engine(config)
 
     # Data first: it needs no other rank, so nobody waits inside a collective while it is prepared.
     tokenizer, template = load_tokenizer(config.model, config.data)
@@ -98,7 +98,7 @@ def train(config: Config) -> Path:
     recorder = MetricsWriter(
         run_dir, config.log.trackers, ranks, num_steps=windows.num_steps, run_config=config.model_dump()
     )
-    job = TrainJob(
+    job = loop.TrainJob(
         config=config,
         engine=engine,
         ranks=ranks,
@@ -114,7 +114,7 @@ def train(config: Config) -> Path:
         on_start=lambda: write_run_files(run_dir, config, plan, data.report, ranks),
     )
     try:
-        run_loop(job)
+        loop.train(job)
     finally:
         recorder.close()
     return run_dir / "final"

@@ -19,11 +19,12 @@ from burnish.checkpoint.commit import save_checkpoint
 from burnish.checkpoint.fingerprints import changed_settings, fingerprints, require_same
 from burnish.checkpoint.lock import LOCK_NAME, only_run
 from burnish.checkpoint.manifest import FOLDER, checkpoint_path, committed_paths, verify
-from burnish.checkpoint.resume import clear_the_way, find_checkpoint, load_checkpoint
+from burnish.checkpoint.resume import clear_the_way, find_checkpoint, load_checkpoint, with_its_engine
 from burnish.checkpoint.retention import list_checkpoints, prune, prune_verified
 from burnish.config.load import dump_config
 from burnish.config.schema import Config, ResumableChange
 from burnish.engine.base import Engine, StepResult
+from burnish.engine.local import WEIGHTS_FILE
 from burnish.engine.state_files import write_tensors
 from burnish.errors import BusyError, CheckpointError, ConfigError, MachineError
 from burnish.records import MicroBatch, TrainState
@@ -84,6 +85,28 @@ def state_at(step: int, best: int | None = None, data: str = "abc") -> TrainStat
 
 def save(run_dir: Path, step: int, best: int | None = None) -> Path:
     return save_checkpoint(OneNumber(step), state_at(step, best), run_dir, ALONE)
+
+
+def test_who_goes_on_has_the_engine_of_the_newest_checkpoint(tmp_path: Path) -> None:
+    """Whatever `auto` is for as many processes as there are now."""
+
+    def kind(**engine: object) -> str:
+        settings = {"engine": engine, "checkpoint": {"resume": resume}, "output_dir": str(tmp_path)}
+        given = {"model": {"path": "m"}, "data": {"train": "d.jsonl"}, "launch": {"num_processes": 2}}
+        return with_its_engine(Config.model_validate(given | settings)).engine.kind
+
+    resume = "auto"
+    assert kind() == "auto", "nothing to go on from"
+    save(tmp_path, 1)
+    local = save(tmp_path, 2)
+    (local / "engine" / WEIGHTS_FILE).touch()
+    assert kind() == "local"
+    assert kind(kind="deepspeed") == "deepspeed"
+    assert kind(offload_optimizer="cpu") == "auto", "which the local engine does not do: loading says so"
+    resume = str(tmp_path / "checkpoints" / "step-00000001")
+    assert kind() == "deepspeed"
+    resume = "never"
+    assert kind() == "auto"
 
 
 def test_saved_and_loaded(tmp_path: Path) -> None:

@@ -18,8 +18,10 @@ from burnish.checkpoint.manifest import (
     step_of,
     verify,
 )
-from burnish.config.schema import ResumableChange
+from burnish.config.check import contradictions
+from burnish.config.schema import Config, ResumableChange
 from burnish.engine.base import Engine
+from burnish.engine.build import engine_of
 from burnish.errors import CheckpointError, Problem, counted, writing
 from burnish.records import TrainState
 from burnish.runtime import Ranks, barrier, gather_objects, log, restore_random_state, seed_everything
@@ -58,6 +60,23 @@ def find_checkpoint(run_dir: Path, resume: str, ranks: Ranks) -> Path | None:
     if chosen is None and (candidates or resume not in ("auto", "never")):
         raise _nothing_whole(run_dir, resume, len(candidates))
     return chosen
+
+
+def with_its_engine(config: Config) -> Config:
+    """The config with the engine of the checkpoint that the run goes on from, where `engine.kind` is auto:
+    no engine reads another's, and auto would be another for one process than for several.
+
+    As it is where settings do not go with that engine: loading then says so.
+    """
+    newest = next(iter(_candidates(Path(config.output_dir), config.checkpoint.resume)), None)
+    if newest is None or config.engine.kind != "auto":
+        return config
+    engine = config.engine.model_copy(update={"kind": engine_of(newest / ENGINE_FOLDER)})
+    kept = config.model_copy(update={"engine": engine})
+    if any(contradictions(kept)):
+        return config
+    log.info("engine.kind: auto is %s, as in %s.", engine.kind, newest)
+    return kept
 
 
 def _candidates(run_dir: Path, resume: str) -> list[Path]:

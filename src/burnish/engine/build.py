@@ -4,6 +4,7 @@ until it is asked for."""
 from __future__ import annotations
 
 import contextlib
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -13,7 +14,7 @@ from burnish.config.schema import Config
 from burnish.engine.base import Engine
 from burnish.engine.ds_config import runs_in_fp32, uses_nvme
 from burnish.engine.ds_workarounds import name_accelerator
-from burnish.engine.local import LocalEngine
+from burnish.engine.local import WEIGHTS_FILE, LocalEngine
 from burnish.engine.sequence import SequenceParallelEngine, sequence_group
 from burnish.errors import ConfigError, Problem
 from burnish.model.forward import SupervisedModel
@@ -25,6 +26,11 @@ from burnish.runtime import Ranks, log
 def engine_kind(config: Config, ranks: Ranks) -> Literal["local", "deepspeed"]:
     """`engine.kind`, with auto resolved: DeepSpeed for several processes or offloading, else local."""
     return "deepspeed" if config.engine.uses_deepspeed(ranks.world_size) else "local"
+
+
+def engine_of(folder: Path) -> Literal["local", "deepspeed"]:
+    """Which engine saved a checkpoint's files in this folder."""
+    return "local" if (folder / WEIGHTS_FILE).is_file() else "deepspeed"
 
 
 def parameter_dtype(config: Config, ranks: Ranks, stored: torch.dtype | None = None) -> torch.dtype:
