@@ -30,8 +30,9 @@ def fail(how: str, out_dir: Path) -> None:
     if how == "hang":
         sleep_in_a_lock_held_by_nobody()
     elif how == "native":
-        while True:  # a signal wakes it, and it sleeps again
-            ctypes.PyDLL(None).sleep(1000)  # keeps the interpreter's lock
+        # For another thread: woken by one, this would give the interpreter's lock away for a moment.
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        ctypes.PyDLL(None).sleep(1000)  # keeps that lock
     elif how == "die":
         os.kill(os.getpid(), signal.SIGKILL)
     elif how == "cut":  # this host's cable is pulled: nobody is told
