@@ -13,6 +13,7 @@ from typing import Any
 
 import xxhash
 
+from burnish.checkpoint.manifest import hash_file
 from burnish.config.adapter_file import WEIGHTS_FILE
 from burnish.config.schema import Config
 from burnish.config.yaml_text import read_yaml
@@ -22,7 +23,6 @@ from burnish.runtime import Ranks, gather_objects
 
 _TOLD_SECTIONS = ("optim", "schedule", "train")
 _SHARED = ("output_dir", "batch", "optim", "schedule", "train", "eval", "engine", "checkpoint", "log")
-_CHUNK_BYTES = 2**24
 _REFUSED = ("optim.name", "train.seed")  # or told by who allows the change
 
 
@@ -62,17 +62,9 @@ def fingerprints(config: Config, vocabulary: str, template: str | None, data_has
     if config.model.init != "pretrained":  # older checkpoints do not name it
         values["model.init"] = config.model.init
     if config.adapter is not None and config.adapter.path is not None:
-        values["adapter.path"] = _content(Path(config.adapter.path) / WEIGHTS_FILE)  # wherever it lies
+        weights = Path(config.adapter.path) / WEIGHTS_FILE
+        values["adapter.path"] = hash_file(weights).xxh3_128  # the content, wherever it lies
     return {name: json.dumps(value) for name, value in values.items()}
-
-
-def _content(file: Path) -> str:
-    """A hash of what is in a file."""
-    state = xxhash.xxh3_128()
-    with file.open("rb") as opened:
-        while chunk := opened.read(_CHUNK_BYTES):
-            state.update(chunk)
-    return state.hexdigest()
 
 
 def what_ranks_share(config: Config, held_out: ExampleStore | None) -> dict[str, str]:
