@@ -8,7 +8,7 @@ from __future__ import annotations
 import errno
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,6 +35,11 @@ _LOST_RANK = (
 def counted(num: int, noun: str) -> str:
     """A number and what it counts: `1 row`, `1,024 rows`."""
     return f"{num:,} {noun}" if num == 1 else f"{num:,} {noun}s"
+
+
+def first_few(names: Sequence[object], limit: int = 6) -> str:
+    """Names as a message lists them, the first `limit` of them: `a, b, ...`."""
+    return ", ".join(map(str, names[:limit])) + (", ..." if len(names) > limit else "")
 
 
 class BurnishError(Exception):

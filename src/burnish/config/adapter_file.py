@@ -13,7 +13,7 @@ from typing import Any
 
 from burnish.config.schema import AdapterConfig, Config
 from burnish.durable import unreadable_files
-from burnish.errors import ConfigError, Problem
+from burnish.errors import ConfigError, Problem, first_few
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -32,7 +32,6 @@ _IDLE = frozenset({
 _HARMLESS_INIT = (True, False, None, "gaussian", "orthogonal", "eva")
 """Ways to begin that leave the base as it was published."""
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
-_MAX_NAMES_SHOWN = 4
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
 
@@ -241,10 +240,7 @@ def _contradictions(adapter: AdapterConfig, own: Mapping[str, Any]) -> Iterator[
 
 
 def _shown(value: Any) -> str:
-    if not isinstance(value, tuple):
-        return str(value)
-    more = ", ..." if len(value) > _MAX_NAMES_SHOWN else ""
-    return f"[{', '.join(value[:_MAX_NAMES_SHOWN])}{more}]"
+    return f"[{first_few(value)}]" if isinstance(value, tuple) else str(value)
 
 
 def _check_base(config: Config, file: Mapping[str, Any]) -> Iterator[Problem]:

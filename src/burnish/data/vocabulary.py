@@ -9,12 +9,10 @@ import numpy as np
 
 from burnish.config.schema import ModelConfig
 from burnish.data.store import ExampleStore
-from burnish.errors import ConfigError, Problem
+from burnish.errors import ConfigError, Problem, first_few
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-_MAX_NAMES_SHOWN = 8
 
 
 def add_tokens(tokenizer: PreTrainedTokenizerBase, model: ModelConfig) -> None:
@@ -61,8 +59,8 @@ def require_rows(
             used |= {int(token) for token in np.unique(ids[ids >= num_rows])}
     if not used:
         return
-    names: Any = tokenizer.convert_ids_to_tokens(sorted(used)[:_MAX_NAMES_SHOWN])
-    shown = ", ".join(map(str, names)) + (", ..." if len(used) > _MAX_NAMES_SHOWN else "")
+    names: Any = tokenizer.convert_ids_to_tokens(sorted(used))
+    shown = first_few(names)
     what = f"has {max(numbers) + 1} tokens, the model's embedding {num_rows} rows; the data uses {shown}"
     cure = (
         "Give the tokenizer that belongs to the model. Or, where these tokens are new to it, name them in "

@@ -17,11 +17,10 @@ from safetensors import SafetensorError, safe_open
 
 from burnish.config.adapter_file import WEIGHTS_FILE, doubt_about_base
 from burnish.config.schema import AdapterConfig, Config
-from burnish.errors import ConfigError, MachineError, Problem
+from burnish.errors import ConfigError, MachineError, Problem, first_few
 from burnish.model.vocabulary import token_rows
 from burnish.runtime import log
 
-_MAX_NAMES_SHOWN = 4
 _ROWS = ".token_adapter.trainable_tokens_delta"
 
 
@@ -72,7 +71,8 @@ def begin_with(model: PeftModel, folder: Path, tokens: Iterable[int]) -> None:
                     wrong.append(theirs)
     if wrong:
         cure = "Load and save it with peft in float32; if it stays, please report a bug."
-        what = f"{folder}: {_some(wrong)} cannot be held to the bit in {parameters[names[wrong[0]]].dtype}"
+        dtype = parameters[names[wrong[0]]].dtype
+        what = f"{folder}: {first_few(wrong)} cannot be held to the bit in {dtype}"
         raise MachineError(Problem("adapter.path", what, cure))
     log.info("Begun with the adapter in %s: %d weights, each compared with the file.", folder, len(names))
 
@@ -130,31 +130,25 @@ def _require_fit(
     base = "Is model.path the base that it was trained on?"
     again = f"{base} If so, copy or download the folder again."
     merge = f"{base} If so, merge it: burnish merge {folder} OUT; then model.path: OUT."
+    missing = sorted(wanted.keys() - found.keys())
+    spare = sorted(found.keys() - wanted.keys())
     sizes = [
         f"{name} {list(found[name])} instead of {list(shape)}"
-        for name, shape in wanted.items()
+        for name, shape in sorted(wanted.items())
         if name in found and found[name] != shape
     ]
     lists = (
-        (
-            "are missing in the file, and would be fresh",
-            [name for name in wanted if name not in found],
-            again,
-        ),
-        ("in the file belong to no part of this adapter", [n for n in found if n not in wanted], merge),
+        ("are missing in the file, and would be fresh", missing, again),
+        ("in the file belong to no part of this adapter", spare, merge),
         ("have another shape than this adapter on this base", sizes, base),
     )
     problems = [
-        Problem("adapter.path", f"{folder}: weights {what} ({len(names):,} in all): {_some(names)}", cure)
+        Problem("adapter.path", f"{folder}: weights {what} ({len(names):,} in all): {first_few(names)}", cure)
         for what, names, cure in lists
         if names
     ]
     if problems:
         raise ConfigError(*problems)
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(sorted(names)[:_MAX_NAMES_SHOWN]) + (", ..." if len(names) > _MAX_NAMES_SHOWN else "")
 
 
 def _same(held: torch.Tensor, file: torch.Tensor) -> bool:

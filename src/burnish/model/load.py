@@ -14,7 +14,7 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from burnish.config.check import unreadable_model
 from burnish.config.packages import require_package
 from burnish.config.schema import ModelConfig
-from burnish.errors import ConfigError, MachineError, Problem
+from burnish.errors import ConfigError, MachineError, Problem, first_few
 from burnish.hub import not_loaded, only_cached
 from burnish.model.vision import architecture_of, freeze_vision, loader_of
 from burnish.model.vocabulary import grow
@@ -25,8 +25,6 @@ COMPUTE_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.f
 
 # Buffers that older checkpoints hold and today's code computes: no weights.
 _COMPUTED_BUFFERS = re.compile(r"(rotary_emb\.inv_freq|\.attn\.masked_bias|\.attn\.bias|attention\.bias)$")
-
-_MAX_NAMES_SHOWN = 8
 
 
 def load_model(
@@ -167,7 +165,7 @@ def _check_weight_files(path: str) -> None:
         raise ConfigError(
             Problem(
                 "model.path",
-                f"{path} has its weights only as pickle files ({', '.join(pickles[:_MAX_NAMES_SHOWN])})",
+                f"{path} has its weights only as pickle files ({first_few(pickles)})",
                 "Convert them where you trust them: load with transformers, then save_pretrained.",
             )
         )
@@ -262,6 +260,5 @@ def _name_them(path: str, what: str, entries: Any) -> list[Problem]:
     names = sorted(" ".join(map(str, e)) if isinstance(e, tuple) else str(e) for e in entries)
     if not names:
         return []
-    shown = ", ".join(names[:_MAX_NAMES_SHOWN]) + (", ..." if len(names) > _MAX_NAMES_SHOWN else "")
     cure = "The folder may be an incomplete download, or config.json of another model."
-    return [Problem("model.path", f"{path}: {len(names)} {what}: {shown}", cure)]
+    return [Problem("model.path", f"{path}: {len(names)} {what}: {first_few(names)}", cure)]

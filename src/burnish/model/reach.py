@@ -15,13 +15,13 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from burnish.errors import first_few
 from burnish.model.surrogate import REFUSALS
 from burnish.runtime import log
 
 _MODEL_CODE = ("transformers.models.", "transformers_modules.")
 _TOLD_FROM = 0.05
 """A share of the model's weights that is worth a warning."""
-_MAX_NAMES_SHOWN = 6
 
 
 def not_called(model: PreTrainedModel) -> list[str]:
@@ -110,10 +110,9 @@ def tell_unreached(model: PreTrainedModel) -> None:
     if share < _TOLD_FROM:
         return
     names = sorted(unreached, key=lambda name: -unreached[name])
-    shown = ", ".join(names[:_MAX_NAMES_SHOWN]) + (", ..." if len(names) > _MAX_NAMES_SHOWN else "")
     log.warning(
         "adapter.targets: all-linear leaves %.0f%% of the model's weights without an adapter, because they "
         "are in no linear layer: %s. To adapt them too, name them there beside the linear layers.",
         100 * share,
-        shown,
+        first_few(names),
     )
