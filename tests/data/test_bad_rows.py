@@ -253,7 +253,7 @@ def test_a_template_that_hides_the_answer_is_not_guessed_at(tmp_path):
     assert RULES["mask_unproved"].cure  # proved in the tests of masks; here only that it has a cure
 
 
-def test_duplicates_and_evaluation_rows_in_training_are_reported(tmp_path):
+def test_duplicates_and_evaluation_rows_in_training_are_reported(tmp_path, caplog):
     train, held_out = tmp_path / "train.jsonl", tmp_path / "eval.jsonl"
     train.write_bytes(b"\n".join(line(said(text)) for text in ("one", "two", "one", "three", "one")))
     # The same content in another shape of row is the same row.
@@ -265,6 +265,9 @@ def test_duplicates_and_evaluation_rows_in_training_are_reported(tmp_path):
         "rows": 1,
         "places": [{"place": f"{held_out}:1", "same_as": f"{train}:2"}],
     }
+    told = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    shared = f"data.eval shares 1 row with the training data (the first: {held_out}:1 = {train}:2)"
+    assert len(told) == 1 and told[0].startswith(shared)
     text = describe(prepared.report)
     assert "2 training rows equal an earlier one" in text and "1 evaluation row" in text
 

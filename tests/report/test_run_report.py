@@ -66,6 +66,17 @@ def test_a_run_that_has_just_begun(tmp_path):
     write_report(tmp_path)
 
 
+def test_what_the_numbers_must_be_read_with(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(step(1, 2.0)) + "\n")
+    report = {"eval_rows_in_training": {"rows": 1234}, "duplicate_rows": {"rows": 0}}
+    (tmp_path / "data_report.json").write_text(json.dumps(report))
+    facts, _, rest = write_report(tmp_path).read_text().partition("<h2>")
+    assert "evaluation rows that are trained on too</span><b>1,234</b>" in facts and rest
+    assert "equal to an earlier one" not in facts
+    (tmp_path / "data_report.json").write_text(json.dumps({"eval_rows_in_training": {"rows": EVIL}}))
+    assert "trained on too" not in write_report(tmp_path).read_text()
+
+
 def test_a_folder_that_is_no_run(tmp_path):
     with pytest.raises(ConfigError, match="not a run"):
         write_report(tmp_path)

@@ -295,6 +295,7 @@ def _assemble(config: Config, parts: Sequence[PreparedPart], stamped_date: str |
         + ([config.train.seed] if held_out is not None else [])
     )
     report = build_report(config.data, [_described(part) for part in parts], opened, train, evaluation)
+    _tell_shared_rows(report["eval_rows_in_training"])
     report |= {
         "packing": forecast_packing(config, train),
         "stamped_date": stamped_date,
@@ -308,6 +309,19 @@ def _tell_warnings(part: PreparedPart) -> None:
     for text, entry in part.summary["warnings"].items():
         first = entry["places"][0]
         log.warning("%s: %s (%d examples, first at %s).", part.origin.name, text, entry["examples"], first)
+
+
+def _tell_shared_rows(shared: Mapping[str, Any]) -> None:
+    """An evaluation on what is trained on measures memory; nothing else of a run would show it."""
+    if shared["rows"]:
+        pair = shared["places"][0]
+        log.warning(
+            "data.eval shares %s with the training data (the first: %s = %s): there the evaluation measures "
+            "what was learned by heart.",
+            counted(shared["rows"], "row"),
+            pair["place"],
+            pair["same_as"],
+        )
 
 
 def _tell_nothing_held_out(fraction: float, num_examples: int) -> None:

@@ -86,7 +86,7 @@ def _render(run: Path, metrics: Sequence[Mapping[str, Any]], answers: Sequence[M
     return environment.from_string(text).render(
         name=run.resolve().name,
         version=__version__,
-        facts=_facts(train, evals, plan),
+        facts=[*_facts(train, evals, plan), *_data_facts(data)],
         charts=_charts(train, evals),
         plan=_flat(plan),
         data=json.dumps(data, indent=2, ensure_ascii=False) if data else "",
@@ -125,6 +125,20 @@ def _facts(
         facts += [("evaluation loss, first", f"{evals[0]['loss']:.4f}")]
         facts += [("evaluation loss, last", f"{evals[-1]['loss']:.4f}")]
         facts += [("evaluation loss, best", f"{best['loss']:.4f} at step {best['step']:,}")]
+    return facts
+
+
+def _data_facts(data: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """What a reader must know of the data to trust the numbers above (the file may be anybody's)."""
+    facts = []
+    for key, label in (
+        ("eval_rows_in_training", "evaluation rows that are trained on too"),
+        ("duplicate_rows", "training rows equal to an earlier one"),
+    ):
+        found = data.get(key)
+        rows = found.get("rows") if isinstance(found, dict) else None
+        if isinstance(rows, int) and rows:
+            facts.append((label, f"{rows:,}"))
     return facts
 
 
