@@ -29,6 +29,8 @@ GRACE_SECONDS = 60.0
 POLL_SECONDS = 0.1
 FORWARDED_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 _PR_SET_PDEATHSIG = 1
+_GPU_DEVICES = ("nvidia[0-9]*", "kfd", "dxg")
+"""Files in /dev where torch may find a GPU: NVIDIA's driver, AMD's, Windows' (for Linux below it)."""
 
 
 def num_workers(launch: LaunchConfig, environ: Mapping[str, str] = os.environ) -> int:
@@ -45,7 +47,7 @@ def num_workers(launch: LaunchConfig, environ: Mapping[str, str] = os.environ) -
 
 def num_gpus() -> int:
     """GPUs that torch can use. torch takes seconds to import, so only where a GPU may be."""
-    if not any(Path("/dev").glob("nvidia[0-9]*")) and not Path("/dev/kfd").exists():
+    if not any(any(Path("/dev").glob(name)) for name in _GPU_DEVICES):
         return 0
     import torch
 
