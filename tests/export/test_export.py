@@ -134,6 +134,35 @@ def test_adapter_alone_and_merged(tmp_path, tokenizer):
         merge(tmp_path / "merged", tmp_path / "again")
     rough = merge(out, tmp_path / "merged-bf16", "bf16")
     assert proof.max_abs_logit < rough.max_abs_logit < 0.5
+    # Saved by peft alone, an adapter has no tokenizer.
+    tokenizer.save_pretrained(config.model.path)
+    for file in out.glob("*token*"):
+        file.unlink()
+    assert merge(out, tmp_path / "merged-with-bases-tokenizer", "fp32") == proof
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "says"),
+    [
+        ("adapter_config.json", b'{"r', "does not tell the base"),
+        ("adapter_config.json", b'{"r": 2}', "does not name its base"),
+        ("adapter_model.safetensors", b"cut off", "cannot be loaded: a file of weights is damaged"),
+        ("adapter_model.safetensors", None, "cannot be merged: NaNs"),
+    ],
+)
+def test_a_damaged_adapter_is_no_bug(tmp_path, tokenizer, file, content, says):
+    config = config_for(tmp_path)
+    base = AutoModelForCausalLM.from_pretrained(config.model.path)
+    get_peft_model(base, LoraConfig(r=2, task_type="CAUSAL_LM")).save_pretrained(tmp_path / "adapter")
+    tokenizer.save_pretrained(tmp_path / "adapter")
+    damaged = tmp_path / "adapter" / file
+    if content is None:
+        save_file({name: w + float("nan") for name, w in load_file(damaged).items()}, damaged)
+    else:
+        damaged.write_bytes(content)
+    with pytest.raises(ConfigError, match=says):
+        merge(tmp_path / "adapter", tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()
 
 
 def test_an_adapter_of_a_fresh_base_brings_its_base(tmp_path, tokenizer):
