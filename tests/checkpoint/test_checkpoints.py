@@ -24,6 +24,7 @@ from burnish.checkpoint.retention import list_checkpoints, prune, prune_verified
 from burnish.config.load import dump_config
 from burnish.config.schema import Config, ResumableChange
 from burnish.engine.base import Engine, StepResult
+from burnish.engine.ds_checkpoint import TAG
 from burnish.engine.local import WEIGHTS_FILE
 from burnish.engine.state_files import write_tensors
 from burnish.errors import BusyError, CheckpointError, ConfigError, MachineError
@@ -97,9 +98,10 @@ def test_who_goes_on_has_the_engine_of_the_newest_checkpoint(tmp_path: Path) -> 
 
     resume = "auto"
     assert kind() == "auto", "nothing to go on from"
-    save(tmp_path, 1)
+    (save(tmp_path, 1) / "engine" / TAG).mkdir()
     local = save(tmp_path, 2)
     (local / "engine" / WEIGHTS_FILE).touch()
+    save(tmp_path, 3)  # its weights are lost: the run goes on from the one before
     assert kind() == "local"
     assert kind(kind="deepspeed") == "deepspeed"
     assert kind(offload_optimizer="cpu") == "auto", "which the local engine does not do: loading says so"

@@ -20,7 +20,7 @@ from burnish.config.load import load_config
 from burnish.errors import ConfigError, MachineError
 from burnish.export import ExportFacts, export_final, merge
 from burnish.export.card import public_name
-from burnish.export.chat import end_of_turn_ids
+from burnish.export.chat import end_of_turn_ids, generation_config, save_tokenizer
 from burnish.export.folder import prove_weights, whole_folder
 from burnish.model.finished import load_finished
 
@@ -134,6 +134,35 @@ def test_adapter_alone_and_merged(tmp_path, tokenizer):
         merge(tmp_path / "merged", tmp_path / "again")
     rough = merge(out, tmp_path / "merged-bf16", "bf16")
     assert proof.max_abs_logit < rough.max_abs_logit < 0.5
+    # Saved by peft alone, an adapter has no tokenizer.
+    tokenizer.save_pretrained(config.model.path)
+    for file in out.glob("*token*"):
+        file.unlink()
+    assert merge(out, tmp_path / "merged-with-bases-tokenizer", "fp32") == proof
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "says"),
+    [
+        ("adapter_config.json", b'{"r', "does not tell the base"),
+        ("adapter_config.json", b'{"r": 2}', "does not name its base"),
+        ("adapter_model.safetensors", b"cut off", "cannot be loaded: a file of weights is damaged"),
+        ("adapter_model.safetensors", None, "cannot be merged: NaNs"),
+    ],
+)
+def test_a_damaged_adapter_is_no_bug(tmp_path, tokenizer, file, content, says):
+    config = config_for(tmp_path)
+    base = AutoModelForCausalLM.from_pretrained(config.model.path)
+    get_peft_model(base, LoraConfig(r=2, task_type="CAUSAL_LM")).save_pretrained(tmp_path / "adapter")
+    tokenizer.save_pretrained(tmp_path / "adapter")
+    damaged = tmp_path / "adapter" / file
+    if content is None:
+        save_file({name: w + float("nan") for name, w in load_file(damaged).items()}, damaged)
+    else:
+        damaged.write_bytes(content)
+    with pytest.raises(ConfigError, match=says):
+        merge(tmp_path / "adapter", tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()
 
 
 def test_an_adapter_of_a_fresh_base_brings_its_base(tmp_path, tokenizer):
@@ -221,10 +250,42 @@ def test_a_full_disk_is_an_error_of_the_machine(tmp_path, small_files):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_disk_that_is_full_at_the_tokenizer_is_one_too(tmp_path, small_files):
+    """tokenizers has a plain Exception for it."""
+    words = {f"word {i}": i for i in range(small_files // 10)}
+    large = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel(words, unk_token="word 0")))
+    with pytest.raises(MachineError, match="cannot be written"), whole_folder(tmp_path / "final") as to:
+        save_tokenizer(large, None, to)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_end_of_turn(tokenizer):
     assert end_of_turn_ids(tokenizer, TEMPLATE) == [4]
     assert end_of_turn_ids(tokenizer, None) == []
     assert end_of_turn_ids(tokenizer, "{{ raise_exception('no') }}") == []
+
+
+@pytest.mark.parametrize(
+    ("flags", "kept"),
+    [
+        ({"temperature": 0.6, "top_p": 0.9}, {"do_sample": True, "temperature": 0.6, "top_p": 0.9}),
+        ({"min_p": 0.05}, {"do_sample": True, "min_p": 0.05}),
+        ({"do_sample": False, "temperature": 0.6}, {"do_sample": False}),
+        ({"temperature": 0.0}, {}),
+        ({"top_k": 50}, {"do_sample": False, "top_k": 50}),
+        ({"num_beams": 1, "early_stopping": True}, {"do_sample": False, "num_beams": 1}),
+        ({"output_scores": True, "length_penalty": 2.0}, {"do_sample": False}),
+        ({"pad_token_id": -1}, {"do_sample": False}),
+    ],
+)
+def test_whatever_a_base_says_of_generation_can_be_saved(tmp_path, tokenizer, flags, kept):
+    """transformers loads all of these, and refuses to save some; greedy bases stay greedy."""
+    (tmp_path / "generation_config.json").write_text(json.dumps(flags))
+    base = GenerationConfig.from_pretrained(tmp_path)
+    generation_config(base, tokenizer, TEMPLATE).save_pretrained(tmp_path)
+    saved = json.loads((tmp_path / "generation_config.json").read_text())
+    saved.pop("transformers_version", None)
+    assert saved == {**kept, "eos_token_id": [4, 1], "pad_token_id": 4}
 
 
 @pytest.mark.parametrize(

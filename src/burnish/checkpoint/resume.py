@@ -66,16 +66,18 @@ def with_its_engine(config: Config) -> Config:
     """The config with the engine of the checkpoint that the run goes on from, where `engine.kind` is auto:
     no engine reads another's, and auto would be another for one process than for several.
 
-    As it is where settings do not go with that engine: loading then says so.
+    As it is where settings do not go with that engine: loading then says so. A checkpoint whose weights are
+    lost does not tell; an older one, which the run then goes on from, does.
     """
-    newest = next(iter(_candidates(Path(config.output_dir), config.checkpoint.resume)), None)
-    if newest is None or config.engine.kind != "auto":
+    candidates = _candidates(Path(config.output_dir), config.checkpoint.resume)
+    told = ((engine_of(path / ENGINE_FOLDER), path) for path in candidates)
+    kind, newest = next(((kind, path) for kind, path in told if kind is not None), (None, None))
+    if kind is None or config.engine.kind != "auto":
         return config
-    engine = config.engine.model_copy(update={"kind": engine_of(newest / ENGINE_FOLDER)})
-    kept = config.model_copy(update={"engine": engine})
+    kept = config.model_copy(update={"engine": config.engine.model_copy(update={"kind": kind})})
     if any(contradictions(kept)):
         return config
-    log.info("engine.kind: auto is %s, as in %s.", engine.kind, newest)
+    log.info("engine.kind: auto is %s, as in %s.", kind, newest)
     return kept
 
 

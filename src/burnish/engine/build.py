@@ -12,6 +12,7 @@ import torch
 from burnish.config.packages import require_package
 from burnish.config.schema import Config
 from burnish.engine.base import Engine
+from burnish.engine.ds_checkpoint import TAG
 from burnish.engine.ds_config import runs_in_fp32, uses_nvme
 from burnish.engine.ds_workarounds import name_accelerator
 from burnish.engine.local import WEIGHTS_FILE, LocalEngine
@@ -28,9 +29,11 @@ def engine_kind(config: Config, ranks: Ranks) -> Literal["local", "deepspeed"]:
     return "deepspeed" if config.engine.uses_deepspeed(ranks.world_size) else "local"
 
 
-def engine_of(folder: Path) -> Literal["local", "deepspeed"]:
-    """Which engine saved a checkpoint's files in this folder."""
-    return "local" if (folder / WEIGHTS_FILE).is_file() else "deepspeed"
+def engine_of(folder: Path) -> Literal["local", "deepspeed"] | None:
+    """Which engine saved a checkpoint's files in this folder; None where they are not there to tell."""
+    if (folder / WEIGHTS_FILE).is_file():
+        return "local"
+    return "deepspeed" if (folder / TAG).is_dir() else None
 
 
 def parameter_dtype(config: Config, ranks: Ranks, stored: torch.dtype | None = None) -> torch.dtype:

@@ -9,6 +9,15 @@ from typing import Any
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from burnish.data.tokenizer import after_answer
+from burnish.runtime import log
+
+_SAMPLING = {
+    "temperature": 1.0, "top_p": 1.0, "top_k": 50, "min_p": None, "top_h": None, "typical_p": 1.0,
+    "epsilon_cutoff": 0.0, "eta_cutoff": 0.0,
+}  # fmt: skip
+"""What only sampling reads, and the value at which it says nothing."""
+_WAYS = ("do_sample", "num_beams", "return_dict_in_generate", "use_cache")
+"""What decides which of the others are read."""
 
 
 def end_of_turn_ids(tokenizer: Any, template: str | None) -> list[int]:
@@ -31,22 +40,46 @@ def generation_config(
     wanted = [*end_of_turn_ids(tokenizer, template), *([eos] if isinstance(eos, int) else []), *own]
     ids = list(dict.fromkeys(wanted))
     config.eos_token_id = ids[0] if len(ids) == 1 else (ids or None)
-    if config.pad_token_id is None:
+    if config.pad_token_id is None or config.pad_token_id < 0:  # LLaMA's first conversions have -1
         pad: Any = tokenizer.pad_token_id
         config.pad_token_id = pad if pad is not None else (ids[0] if ids else None)
-    if config.do_sample is False or config.do_sample is None:
-        # transformers refuses to save a temperature with greedy decoding; many bases have both.
-        sampling = (config.temperature, config.top_p, config.top_k)
-        config.do_sample = any(value is not None for value in sampling)
-    return config
+    if config.do_sample is None and config.temperature != 0:
+        # Many bases have a temperature, and forget to say what it is for.
+        config.do_sample = any(
+            getattr(config, name, None) not in (None, idle) for name, idle in _SAMPLING.items()
+        )
+    return _savable(config)
+
+
+def _savable(config: Any) -> GenerationConfig:
+    """The config without the flags of another way of generating, such as a temperature with greedy decoding:
+    transformers warns of them when it loads a base's, and refuses to save them once anything else changed."""
+    kept: Any = GenerationConfig()
+    for name in sorted(vars(config), key=lambda name: name not in _WAYS):
+        setattr(kept, name, getattr(config, name))
+        try:
+            kept.validate(strict=True)
+        except ValueError:
+            setattr(kept, name, None)
+            log.warning("generation_config.json: left out %s, which has no use there.", name)
+    return kept
 
 
 def save_tokenizer(tokenizer: PreTrainedTokenizerBase, template: str | None, folder: Path) -> None:
-    """Save the tokenizer with the template that was trained with."""
+    """Save the tokenizer with the template that was trained with.
+
+    Raises:
+        OSError: It cannot be written.
+    """
     before = tokenizer.chat_template
     try:
         if template is not None:
             tokenizer.chat_template = template
         tokenizer.save_pretrained(str(folder))
+    except Exception as error:
+        if type(error) is not Exception:
+            raise
+        # All that tokenizers' writer in Rust raises, for a full disk too.
+        raise OSError(f"{folder}: {error}") from error
     finally:
         tokenizer.chat_template = before

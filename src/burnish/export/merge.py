@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,8 @@ from burnish.errors import ConfigError, Problem
 from burnish.export.chat import save_tokenizer
 from burnish.export.final import save_generation_config, save_model
 from burnish.export.folder import whole_folder
-from burnish.model.finished import load_finished
+from burnish.hub import only_cached
+from burnish.model.finished import base_of, load_finished
 from burnish.model.load import COMPUTE_DTYPES
 from burnish.runtime import quieten_libraries
 
@@ -61,15 +61,15 @@ def merge(adapter: Path, out: Path, dtype: str = "bf16") -> MergeProof:
         raise ConfigError(Problem(str(out), "is there already", "Give a folder that does not exist yet."))
     try:
         adapted: Any = load_finished(str(adapter), torch.float32).eval()
+        tokenizer: Any = _tokenizer(adapter)
     except (OSError, ValueError) as error:
         what = f"the adapter on its base {base_name} cannot be loaded: {' '.join(str(error).split())}"
         cure = "Put it there, or correct base_model_name_or_path in adapter_config.json."
         raise ConfigError(Problem(str(adapter), what, cure)) from error
     generation = adapted.get_base_model().generation_config
-    tokenizer: Any = AutoTokenizer.from_pretrained(str(adapter))
     probe = _probe_tokens(len(tokenizer))
     wanted = _logits(adapted, probe)
-    merged: Any = adapted.merge_and_unload(safe_merge=True)  # safe: refuses what is not finite
+    merged = _merged(adapted, adapter)
     with whole_folder(out) as staging:
         save_model(merged, merged.state_dict(), COMPUTE_DTYPES[dtype], staging)
         save_generation_config(generation, tokenizer, tokenizer.chat_template, staging)
@@ -82,11 +82,31 @@ def merge(adapter: Path, out: Path, dtype: str = "bf16") -> MergeProof:
 
 
 def _base_name(adapter: Path) -> str:
-    file = adapter / "adapter_config.json"
-    if not file.is_file():
+    if not (adapter / "adapter_config.json").is_file():
         cure = "Give the folder of an adapter, for example runs/first/final."
         raise ConfigError(Problem(str(adapter), "is not an adapter (no adapter_config.json)", cure))
-    return str(json.loads(file.read_text(encoding="utf-8")).get("base_model_name_or_path"))
+    try:
+        return base_of(str(adapter))[0]
+    except (OSError, ValueError) as error:
+        cure = "Copy or download the folder again, or name the base there."
+        what = f"its adapter_config.json does not tell the base: {error}"
+        raise ConfigError(Problem(str(adapter), what, cure)) from error
+
+
+def _tokenizer(adapter: Path) -> Any:
+    """The adapter's, or its base's where the adapter was saved without one, as peft does."""
+    if any((adapter / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
+        return AutoTokenizer.from_pretrained(str(adapter))
+    base, revision = base_of(str(adapter))
+    return AutoTokenizer.from_pretrained(base, revision=revision, local_files_only=only_cached(base))
+
+
+def _merged(adapted: Any, adapter: Path) -> Any:
+    try:
+        return adapted.merge_and_unload(safe_merge=True)  # safe: refuses what is not finite
+    except ValueError as error:
+        cure = "Merge another result: best/, or one of an earlier checkpoint."
+        raise ConfigError(Problem(str(adapter), f"cannot be merged: {error}", cure)) from error
 
 
 def _probe_tokens(num_known: int) -> torch.Tensor:

@@ -10,12 +10,15 @@ from typing import Any
 
 import torch
 from peft import PeftModel
+from safetensors import SafetensorError
 from transformers import AutoConfig, GenerationConfig, PreTrainedModel
 from transformers.utils import GENERATION_CONFIG_NAME
 
 from burnish.durable import unreadable_files
 from burnish.hub import only_cached
 from burnish.model.vision import loader_of
+
+_ADAPTER_FILE = "adapter_config.json"
 
 
 def load_finished(path: str, dtype: torch.dtype | None = None) -> PreTrainedModel | PeftModel:
@@ -29,12 +32,33 @@ def load_finished(path: str, dtype: torch.dtype | None = None) -> PreTrainedMode
         OSError, ValueError: As transformers has them, where something is not there or does not fit.
         PermissionError: A file may not be read.
     """
+    try:
+        return _load_adapted(path, dtype) if _is_adapter(path) else _load_full(path, None, dtype)
+    except SafetensorError as error:  # neither an OSError nor a ValueError, for a file that was cut off too
+        raise OSError(f"a file of weights is damaged: {error}") from error
+
+
+def base_of(path: str) -> tuple[str, str | None]:
+    """Folder or hub name of an adapter's base, and its revision.
+
+    Raises:
+        OSError, ValueError: The adapter's config cannot be read, or does not say.
+    """
+    adapter = json.loads((Path(path) / _ADAPTER_FILE).read_text(encoding="utf-8"))
+    base = adapter.get("base_model_name_or_path") if isinstance(adapter, dict) else None
+    if not base:
+        raise ValueError(f"{_ADAPTER_FILE} does not name its base (base_model_name_or_path)")
+    return str(base), adapter.get("revision")
+
+
+def _is_adapter(path: str) -> bool:
+    return (Path(path) / _ADAPTER_FILE).is_file()
+
+
+def _load_adapted(path: str, dtype: torch.dtype | None) -> PeftModel:
     _refuse_unreadable(path)
-    file = Path(path) / "adapter_config.json"
-    if not file.is_file():
-        return _load_full(path, None, dtype)
-    adapter = json.loads(file.read_text(encoding="utf-8"))
-    base = _load_full(str(adapter["base_model_name_or_path"]), adapter.get("revision"), dtype)
+    base = _load_full(*base_of(path), dtype)
+    adapter = json.loads((Path(path) / _ADAPTER_FILE).read_text(encoding="utf-8"))
     make_room(base, adapter)
     adapted: Any = PeftModel.from_pretrained(base, path)
     if (Path(path) / GENERATION_CONFIG_NAME).is_file():  # where it stops; peft asks the base's
