@@ -193,6 +193,39 @@ def test_an_unknown_family_is_estimated_and_a_broken_config_is_an_error() -> Non
         ModelShape.from_config_json({"model_type": "llama"})
 
 
+LOCAL = [[["global", "local"], 1]]
+
+
+@pytest.mark.parametrize(
+    ("family", "sizes", "layers", "query"),
+    [
+        ("bloom", {"hidden_size": 64, "n_layer": 3, "n_head": 4}, 3, 64),
+        ("mpt", {"d_model": 64, "n_layers": 3, "n_heads": 4}, 3, 64),
+        ("gpt_neo", {"hidden_size": 64, "num_layers": 2, "num_heads": 4, "attention_types": LOCAL}, 2, 64),
+        ("nemotron_h", {"hidden_size": 64, "layers_block_type": ["mlp", "full_attention"]}, 2, 32 * 128),
+        ("mamba", {"hidden_size": 64, "num_hidden_layers": 2}, 2, 0),
+        ("mamba2", {"hidden_size": 64, "num_hidden_layers": 2, "num_heads": 8, "head_dim": 16}, 2, 0),
+    ],
+)
+def test_sizes_under_a_familys_own_names(family, sizes, layers, query) -> None:
+    from transformers import AutoConfig
+
+    shape = ModelShape.from_config_json(AutoConfig.for_model(family, **sizes).to_dict())
+    assert (shape.hidden_size, shape.num_layers, shape.query_size) == (64, layers, query)
+    assert not shape.exact
+    if query == 0:  # no attention
+        assert shape.cost_model().per_token_squared == 0
+
+
+def test_widths_that_differ_by_layer() -> None:
+    """Gemma 3n's config.json has a list of them."""
+    shape = ModelShape.from_config_json(LLAMA_8B | {"intermediate_size": [14336] * 31 + [28672]})
+    assert shape.num_params == 8_030_261_248 + 3 * 14336 * 4096
+    # Doge's has a number of experts whether it has experts or not.
+    dense = ModelShape.from_config_json(LLAMA_8B | {"num_experts": 64, "is_moe": False})
+    assert dense.num_params == 8_030_261_248
+
+
 # ------------------------------------------------------------------ memory, time, suggestions
 
 

@@ -7,6 +7,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from breadth.batches import collate
+from breadth.families import build as build_family
 from burnish.errors import ConfigError
 from burnish.model import document_attention as ours
 from burnish.model.attention import can_isolate, verify_isolation
@@ -123,6 +124,22 @@ def test_a_small_model_of_the_family_gives_the_same_answer(family):
     surrogate = build_surrogate(rounded)
     assert surrogate is not None and surrogate.dtype == torch.float32
     assert surrogate.config.num_hidden_layers <= exact.config.num_hidden_layers
+
+
+@pytest.mark.parametrize("num_before", [1, 11])
+def test_a_kind_of_layer_that_comes_late_is_tried_too(num_before):
+    """Linear attention, which leaks, behind many layers that do not: the small model has one of each."""
+    kinds = ["full_attention"] * num_before + ["linear_attention"]
+    model = build_family("qwen3_next", layer_types=kinds, num_hidden_layers=len(kinds)).bfloat16()
+    assert can_isolate(model).reason == "a document's hidden states change with its neighbour"
+
+
+def test_weights_that_are_not_in_memory_are_not_tried():
+    """`plan` has a model without weights; Zamba, whose layers share weights, cannot be made small."""
+    model = build_family("zamba")
+    assert build_surrogate(model) is None
+    capability = can_isolate(model.to("meta"))
+    assert not capability.packed and "could not be built" in capability.reason
 
 
 def test_a_model_that_leaks_is_found_out():

@@ -27,16 +27,20 @@ from breadth.checks import (
 )
 from breadth.families import NOT_BUILT, build, families, small_config
 from breadth.partitioned import PARTED
-from burnish.config.schema import AdapterConfig
+from burnish.config.schema import AdapterConfig, Config
 from burnish.errors import ConfigError
 from burnish.model import adapt as adapt_module
 from burnish.model.adapt import adapt
 from burnish.model.attention import can_isolate
 from burnish.model.forward import SupervisedModel, to_device
 from burnish.model.objective import Objective
+from burnish.plan import ModelShape, estimate_memory
 
 SEEN = read_seen()
 CPU = torch.device("cpu")
+PLANNED = Config.model_validate({
+    "model": {"path": "m"}, "adapter": {"rank": 2}, "data": {"train": "d.jsonl"}, "output_dir": "out",
+})  # fmt: skip
 
 FEW = [
     "bart",  # positions that cannot be told: padded, labels that are not shifted
@@ -74,6 +78,16 @@ def test_nothing_goes_wrong_in_silence():
         for answer in (row.equal, row.apart, row.lora, row.recompute):
             assert answer in (YES, "refused"), row
         assert row.zero3 in (YES, UNSEEN) or row.zero3.startswith(("refused", "padded", "no: ")), row
+
+
+@pytest.mark.parametrize("family", families())
+def test_every_family_can_be_planned(family):
+    """`train` plans before it loads: by names that a family may have for itself, lists, or no attention."""
+    shape = ModelShape.from_config_json(small_config(family).to_dict())
+    assert shape.num_layers >= 1
+    assert shape.mlp_width > 0
+    assert shape.cost_model().per_token > 0
+    assert estimate_memory(PLANNED, shape, 1, 128).device.total > 0
 
 
 @pytest.mark.parametrize("family", FEW)

@@ -117,7 +117,8 @@ def can_isolate(
 
 def _subject(model: PreTrainedModel) -> PreTrainedModel | None:
     """On which model the trial is to run; None where there is none."""
-    whole = all(p.numel() > 0 for p in model.parameters())  # ZeRO-3 leaves empty ones
+    # ZeRO-3 leaves empty ones; a model that is only foreseen has none in memory.
+    whole = all(p.numel() > 0 and not p.is_meta for p in model.parameters())
     exact = whole and all(p.dtype == torch.float32 for p in model.parameters())
     if exact:
         return model

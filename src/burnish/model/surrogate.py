@@ -13,7 +13,6 @@ REFUSALS = (TypeError, RuntimeError, ValueError, IndexError, AttributeError, Key
 """What a model's code raises at arguments or sizes it was not written for. Wide on purpose: a
 refusal, of whatever kind, is an answer to the trial."""
 
-MAX_LAYERS = 8
 SMALL_VOCABULARY = 64
 SMALL_INTERMEDIATE = 64
 
@@ -66,14 +65,13 @@ def _cut_vision(small: Any) -> None:
 
 
 def _cut_layers(text: Any, values: dict[str, Any]) -> None:
-    """Keep the first layers, up to where every kind of layer has been seen, two at least; twice over
-    where layers share keys and values."""
+    """Keep the first layer of every kind, wherever it is, and two at least; twice over where layers share
+    keys and values."""
     layers = text.num_hidden_layers
-    kinds = values.get("layer_types") or values.get("layers_block_type")
-    keep = 2
-    if kinds:
-        keep = max(keep, max(kinds.index(kind) for kind in set(kinds)) + 1)
-    chosen = list(range(min(keep, layers, MAX_LAYERS)))
+    kinds = values.get("layer_types") or values.get("layers_block_type") or []
+    chosen = sorted({kinds.index(kind) for kind in kinds})
+    if len(chosen) < 2:
+        chosen = list(range(min(2, layers)))
     if values.get("num_kv_shared_layers"):  # Gemma 3n's last layers look at the keys of earlier ones
         text.num_kv_shared_layers = len(chosen)
         chosen *= 2

@@ -6,7 +6,7 @@ is taken for a Llama with the same widths, and `ModelShape.exact` is False.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -90,13 +90,15 @@ FAMILIES: Mapping[str, Family] = {
     "gpt2": Family(True, True, False, True, 2, 2, fused_qkv=True, grouped=False, tied=True),
 }
 
-_GPT2_NAMES = {
-    "n_embd": "hidden_size",
-    "n_layer": "num_hidden_layers",
-    "n_head": "num_attention_heads",
-    "n_inner": "intermediate_size",
+_OTHER_NAMES = {
+    "hidden_size": ("n_embd", "d_model", "emb_dim"),
+    "num_hidden_layers": ("n_layer", "n_layers", "num_layers", "decoder_layers"),
+    "num_attention_heads": ("n_head", "n_heads", "num_heads", "attention_heads", "decoder_attention_heads"),
+    "intermediate_size": ("n_inner", "ffn_dim", "decoder_ffn_dim", "ffn_hidden_size"),
 }
-_EXPERT_KEYS = ("num_local_experts", "num_experts", "n_routed_experts")
+"""What GPT-2 and others call it: a config.json has only its family's own name."""
+_LISTED = ("intermediate_size", "moe_intermediate_size", "num_experts", "num_experts_per_tok")
+_EXPERT_KEYS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 
 
 @dataclass(frozen=True)
@@ -206,16 +208,27 @@ class ModelShape:
         """
         text = config.get("text_config")
         keys: dict[str, Any] = dict(text) if isinstance(text, Mapping) else dict(config)
-        if "n_embd" in keys:
-            keys |= {ours: keys.get(theirs) for theirs, ours in _GPT2_NAMES.items()}
+        keys |= dict(_under_our_names(keys))
         model_type = str(keys.get("model_type", config.get("model_type", "unknown")))
-        needed = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
+        needed = ["hidden_size", "num_hidden_layers", "vocab_size"]
+        if model_type in FAMILIES:  # of others there are some without attention
+            needed.append("num_attention_heads")
         missing = [key for key in needed if not isinstance(keys.get(key), int)]
         if missing:
             raise ConfigError(
                 *(Problem("model.path", f"its config.json has no {key}", _CURE) for key in missing)
             )
         return _shape(keys, model_type, exact=model_type in FAMILIES and text is None)
+
+
+def _under_our_names(keys: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Sizes that a config.json has under another name."""
+    for ours, theirs in _OTHER_NAMES.items():
+        if keys.get(ours) is None or "n_embd" in keys:  # GPT-2's kin read nothing under ours
+            yield ours, next((keys[name] for name in theirs if isinstance(keys.get(name), int)), None)
+    kinds = keys.get("layers_block_type")  # Nemotron-H has a list instead of a number
+    if keys.get("num_hidden_layers") is None and isinstance(kinds, Sequence):
+        yield "num_hidden_layers", len(kinds)
 
 
 _CURE = "Planning needs the config.json of a causal language model."
@@ -233,14 +246,13 @@ def short_name(target: str) -> str:
 
 def _shape(keys: Mapping[str, Any], model_type: str, exact: bool) -> ModelShape:
     family = FAMILIES.get(model_type, Family())
-    hidden, heads = keys["hidden_size"], keys["num_attention_heads"]
-    head_dim = keys.get("head_dim") or family.head_dim or hidden // heads
+    hidden, heads = keys["hidden_size"], _num_heads(keys)
+    head_dim = keys.get("head_dim") or family.head_dim or hidden // max(1, heads)
     kv_heads = (keys.get("num_key_value_heads") if family.grouped else None) or heads
-    query, kv = heads * head_dim, kv_heads * head_dim
-    intermediate = keys.get("intermediate_size") or 4 * hidden
-    attention = _attention(keys, family, hidden, query, kv)
+    query, kv = heads * head_dim, min(heads, kv_heads) * head_dim
+    attention = _attention(keys, family, hidden, query, kv) if heads else ()
     layers = tuple(
-        attention + _mlp(keys, family, hidden, intermediate, layer)
+        attention + _mlp(_of_layer(keys, layer), family, hidden, layer)
         for layer in range(keys["num_hidden_layers"])
     )
     qk_norm = {"none": 0, "head": 2 * head_dim, "full": query + kv}[family.qk_norm]
@@ -266,6 +278,18 @@ def _shape(keys: Mapping[str, Any], model_type: str, exact: bool) -> ModelShape:
     )
 
 
+def _num_heads(keys: Mapping[str, Any]) -> int:
+    """0 where layers are no attention: Mamba and kin, whose heads, if any, are of another kind."""
+    return 0 if "state_size" in keys else keys.get("num_attention_heads") or 0
+
+
+def _of_layer(keys: Mapping[str, Any], layer: int) -> dict[str, Any]:
+    """The keys with the numbers of one layer, where there is a list of them (Gemma 3n's widths)."""
+    num = keys["num_hidden_layers"]
+    listed = {name: keys[name] for name in _LISTED if isinstance(keys.get(name), Sequence)}
+    return {**keys, **{name: v[layer] if len(v) == num else max(v) for name, v in listed.items()}}
+
+
 def _attention(
     keys: Mapping[str, Any], family: Family, hidden: int, query: int, kv: int
 ) -> tuple[Linear, ...]:
@@ -285,11 +309,10 @@ def _attention(
     )
 
 
-def _mlp(
-    keys: Mapping[str, Any], family: Family, hidden: int, intermediate: int, layer: int
-) -> tuple[Linear, ...]:
+def _mlp(keys: Mapping[str, Any], family: Family, hidden: int, layer: int) -> tuple[Linear, ...]:
+    intermediate = keys.get("intermediate_size") or keys.get("expand", 4) * hidden
     num_experts = next((keys[key] for key in _EXPERT_KEYS if keys.get(key)), 0)
-    if num_experts and _is_sparse(keys, layer):
+    if num_experts and keys.get("is_moe") is not False and _is_sparse(keys, layer):
         width = keys.get("moe_intermediate_size") or intermediate
         return _experts(keys, family, hidden, width, num_experts)
     bias = bool(keys.get("mlp_bias", False)) if family.mlp_bias is None else family.mlp_bias
