@@ -67,12 +67,15 @@ def adapt(
     return adapted
 
 
-def require_names(model: PreTrainedModel, adapter: AdapterConfig | None, freeze: Sequence[str]) -> None:
+def require_names(model: PreTrainedModel, adapter: AdapterConfig | None, freeze: Sequence[str]) -> nn.Module:
     """Refuse what `adapt` refuses of names, in its words; the model may be without memory for its weights.
 
     Args:
         model: The base model; not to be used afterwards.
         adapter, freeze: As for `adapt`.
+
+    Returns:
+        The model, adapted: what is trained of it has the names that it will have.
 
     Raises:
         ConfigError: Target modules or parts to freeze that do not exist, nothing left to train, or an
@@ -89,6 +92,7 @@ def require_names(model: PreTrainedModel, adapter: AdapterConfig | None, freeze:
             assert isinstance(adapted, PeftModel)
             require_fit(adapted, adapter)
     _freeze(adapted, freeze)
+    return adapted
 
 
 def _leave_inputs_as_they_are(model: PeftModel) -> None:

@@ -22,6 +22,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from burnish.config.layout import OWN_ATTENTION
 from burnish.config.schema import Config
 from burnish.errors import ConfigError, Problem
 from burnish.model.anatomy import body_of, causal_model, head_of
@@ -38,9 +39,6 @@ log = logging.getLogger("burnish")
 
 PROBE_LENGTHS = (7, 6)
 """Tokens of the two documents of a trial."""
-
-OWN = ("auto", "varlen")
-"""Choices of `model.attention` that mean our attention function."""
 
 
 @dataclass(frozen=True)
@@ -133,7 +131,7 @@ def _try_out(
     padded = _padded_attention(model, choice)
     if packing == "off":
         return Capability(False, padded, "data.packing is off", fused)
-    if choice not in OWN:
+    if choice not in OWN_ATTENTION:
         return Capability(False, padded, f"packing is not offered with attention: {choice}", fused)
     problem = rope_mixes(model, max_tokens) or verify_isolation(model, max_tokens)
     if problem is not None:
@@ -162,7 +160,7 @@ def _require_causal(model: PreTrainedModel) -> None:
 def _padded_attention(model: PreTrainedModel, choice: str) -> str:
     """transformers' attention for padded rows: as asked for, else SDPA where it gives what the
     written-out attention gives (it ignores Gemma 2's soft-capping, for one)."""
-    if choice not in OWN:
+    if choice not in OWN_ATTENTION:
         return {"flex": "flex_attention"}.get(choice, choice)
     body = body_of(model)
     if not model._supports_sdpa or body is None:
