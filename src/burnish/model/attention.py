@@ -24,7 +24,7 @@ from transformers import PreTrainedModel
 
 from burnish.config.layout import OWN_ATTENTION
 from burnish.config.schema import Config
-from burnish.errors import ConfigError, Problem
+from burnish.errors import ConfigError, MachineError, Problem
 from burnish.model.anatomy import body_of, causal_model, head_of
 from burnish.model.document_attention import ATTENTION_NAME, document_mask, register_attention
 from burnish.model.last_layer import verify_last_layer
@@ -85,6 +85,8 @@ def can_isolate(
         ConfigError: The model's tokens see the tokens after them: it is no causal language model. Or
             documents may be longer than its learned positions, or so long that they change how others
             beside them are numbered. Or packing is `on`, and the model cannot keep packed documents apart.
+            Or it cannot take the attention that is asked for.
+        MachineError: The package for that attention is not installed.
     """
     causal = causal_model(model)
     register_attention()
@@ -109,8 +111,23 @@ def can_isolate(
                 "data.packing", f"is on, but {capability.reason}", "Set it to auto: rows are then padded."
             )
         )
-    causal.set_attn_implementation(capability.attention)
+    _use_attention(causal, capability.attention)
     return capability
+
+
+def _use_attention(model: PreTrainedModel, attention: str) -> None:
+    """Have transformers compute attention so; what it refuses was asked for by name.
+
+    Raises:
+        ConfigError: The model, or the device, cannot.
+        MachineError: The package for it is not installed.
+    """
+    try:
+        model.set_attn_implementation(attention)
+    except (ImportError, ValueError) as error:
+        what = f"{type(model).__name__} cannot take {attention} here: {str(error).strip().splitlines()[0]}"
+        kind = MachineError if isinstance(error, ImportError) else ConfigError
+        raise kind(Problem("model.attention", what, "Leave it at auto.")) from error
 
 
 def _subject(model: PreTrainedModel) -> PreTrainedModel | None:
