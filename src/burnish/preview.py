@@ -185,9 +185,12 @@ def _require_sharing(config: Config) -> None:
 
 
 def _require_parts(config: Config) -> None:
-    """Refuse parts that the model does not have, as `train` will: names of them, or experts to balance."""
-    named = config.model.freeze or config.optim.group_lr or config.train.router_aux_loss != 0
-    if not named and _takes_adapter(config):
+    """Refuse what the model's parts cannot do, as `train` will: names of none, experts to balance, layers to
+    compute again."""
+    model = config.model
+    is_named = bool(model.freeze or config.optim.group_lr) or config.train.router_aux_loss != 0
+    again = model.mlp_tile_tokens is not None or model.activation_checkpointing not in ("none", "auto")
+    if not (is_named or again) and _takes_adapter(config):
         return
     from burnish.engine.optimizer import parts_of
     from burnish.model.foresee import require_parts

@@ -99,6 +99,15 @@ def test_an_adapter_that_fused_experts_cannot_have_is_told_as_train_tells_it(ada
     )
 
 
+@pytest.mark.parametrize("model", [{"mlp_tile_tokens": 64}, {"activation_checkpointing": "light"}])
+def test_layers_that_cannot_be_computed_again_so_are_told(model, tmp_path) -> None:
+    with pytest.raises(ConfigError) as by_train:
+        level = model.get("activation_checkpointing", "none")
+        adapt(build("gpt_oss"), None, level, mlp_tile_tokens=model.get("mlp_tile_tokens"))
+    assert told(config(tmp_path, "gpt_oss", model=model)) == str(by_train.value) != ""
+    assert told(config(tmp_path, "llama", model=model)) == ""
+
+
 def test_beginnings_that_cannot_be_shared_are_told(tmp_path) -> None:
     on = {"share_prefix": "on"}
     assert "data.share_prefix: is on, but the model's sliding window" in told(

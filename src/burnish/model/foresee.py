@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from burnish.config.layout import OWN_ATTENTION
 from burnish.config.schema import Config, ModelConfig
-from burnish.model.adapt import require_names
+from burnish.model.adapt import compute_again, require_names
 from burnish.model.attention import Capability, asked, can_isolate
 from burnish.model.begin import tell_doubt
 from burnish.model.extras import Balance
@@ -73,7 +73,8 @@ def foresee_capability(config: Config) -> Capability | None:
 
 def require_parts(config: Config) -> list[str] | None:
     """Refuse `adapter.targets`, `model.freeze` and `train.router_aux_loss` where the model has no such part,
-    in `adapt`'s own words, and an adapter to begin with that is not one of this model.
+    in `adapt`'s own words; layers that cannot be computed again as asked; and an adapter to begin with that
+    is not one of this model.
 
     The model is built without memory for its weights. Silent where the code comes with the model, which only
     loading runs.
@@ -82,13 +83,15 @@ def require_parts(config: Config) -> list[str] | None:
         Names of the weights that will be trained, as the engine will know them; None where nobody knows.
 
     Raises:
-        ConfigError: See `require_names`.
+        ConfigError: See `require_names` and `compute_again`.
     """
     empty = _empty(load_model_config(config.model))
     if empty is None:
         return None
     tell_doubt(config)
     freeze_vision(empty)
+    level = config.model.activation_checkpointing
+    compute_again(empty, "none" if level == "auto" else level, config.model.mlp_tile_tokens)
     Balance.of(empty, config.train.router_aux_loss)
     adapted = require_names(empty, config.adapter, config.model.freeze)
     if config.adapter is not None and (config.model.add_tokens or config.adapter.path is not None):
