@@ -186,7 +186,7 @@ def test_attention_that_the_model_cannot_take_is_an_error_of_its_key():
 
 
 def test_attention_whose_package_is_missing_is_an_error_of_the_machine(monkeypatch):
-    def missing(*_arguments):
+    def missing(*_arguments, **_more):
         raise ImportError("the package for FlashAttention2 doesn't seem to be installed.")
 
     monkeypatch.setattr(LlamaForCausalLM, "_flash_attn_can_dispatch", missing)
