@@ -159,12 +159,12 @@ def _model_problems(config: Config) -> list[Problem]:
     For the usual families config.json is enough, unless the config names parts of the model.
     """
     problems: list[Problem] = []
-    for look in (_require_positions, _require_parts):
+    for look in (_require_positions, _require_sharing, _require_parts):
         try:
             look(config)
         except ConfigError as error:
             problems += error.problems
-    return problems
+    return list(dict.fromkeys(problems))  # two trials of the model may find the same
 
 
 def _require_positions(config: Config) -> None:
@@ -178,17 +178,39 @@ def _require_positions(config: Config) -> None:
     foresee_capability(config)
 
 
+def _require_sharing(config: Config) -> None:
+    """Refuse to share beginnings where the model cannot, as `train` will."""
+    if config.data.share_prefix == "on":
+        unshared(config, "cpu", _layout(config)[1])
+
+
 def _require_parts(config: Config) -> None:
-    """Refuse names of parts that the model does not have, as `train` will."""
-    adapter = config.adapter
-    of_usual = adapter is None or (adapter.targets == "all-linear" and surely_apart(_model_config(config)))
-    if of_usual and not config.model.freeze:
+    """Refuse what the model's parts cannot do, as `train` will: names of none, experts to balance, layers to
+    compute again."""
+    model = config.model
+    is_named = bool(model.freeze or config.optim.group_lr) or config.train.router_aux_loss != 0
+    again = model.mlp_tile_tokens is not None or model.activation_checkpointing not in ("none", "auto")
+    if not (is_named or again) and _takes_adapter(config):
         return
+    from burnish.engine.optimizer import parts_of
     from burnish.model.foresee import require_parts
     from burnish.runtime import quieten_libraries
 
     quieten_libraries()
-    require_parts(config)
+    trained = require_parts(config)
+    if trained is not None:
+        parts_of(trained, config.optim)
+
+
+def _takes_adapter(config: Config) -> bool:
+    """Whether the model surely takes the adapter, if there is one; only a mixture's experts may not take
+    every kind."""
+    adapter, values = config.adapter, _model_config(config)
+    if adapter is None:
+        return True
+    is_plain = adapter.kind in ("lora", "rslora") and adapter.dropout == 0
+    is_usual = surely_apart(values) and (is_plain or not any("expert" in key for key in values))
+    return adapter.targets == "all-linear" and is_usual
 
 
 def _model_config(config: Config) -> dict[str, Any]:

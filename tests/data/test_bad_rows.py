@@ -276,3 +276,18 @@ def test_rules_that_do_not_exist_or_cannot_be_fixed_are_config_errors(tmp_path):
     with pytest.raises(ConfigError) as caught:
         run(tmp_path, bad_row_rules={"empty_anwser": "drop", "invalid_json": "fix"})
     assert "Did you mean empty_answer?" in str(caught.value) and "this rule has no fix" in str(caught.value)
+
+
+def test_a_row_that_was_split_counts_once_however_many_of_its_parts_are_lost(tmp_path):
+    long_prompt = {"role": "user", "content": "word " * 60}
+    turns = [long_prompt, ANSWER] * 4
+    split = {"max_tokens": 64, "too_long": "split", "max_bad_fraction": 0.5}
+    report = run(tmp_path, {"messages": [USER, ANSWER, *turns]}, {"messages": turns}, **split).report
+    lost = report["sources"][0]["dropped"]["prompt_too_long"]
+    assert lost["rows"] == 2 and [place["place"][-1] for place in lost["places"]] == ["1", "2"]
+    one = run(tmp_path, {"messages": turns[:2]}, max_tokens=64, too_long="split").report
+    per_part = one["sources"][0]["dropped"]["prompt_too_long"]
+    for count in ("tokens", "supervised_tokens"):  # of every part, all the same
+        assert lost[count] == 8 * per_part[count] > 0
+    with pytest.raises(DataError, match="prompt_too_long: 1 row: "):
+        run(tmp_path, {"messages": turns}, **split, bad_row_rules={"prompt_too_long": "error"})

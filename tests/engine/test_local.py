@@ -12,12 +12,12 @@ from torch import nn
 from burnish.config.schema import OptimConfig
 from burnish.data.collate import collate
 from burnish.engine import gradients
-from burnish.engine.build import engine_kind, parameter_dtype
+from burnish.engine.build import build_engine, engine_kind, parameter_dtype
 from burnish.engine.ds_checkpoint import refuse_other_stage
 from burnish.engine.local import LocalEngine
 from burnish.engine.optimizer import build_param_groups
 from burnish.engine.state_files import exported_weights, refuse_empty
-from burnish.errors import CheckpointError
+from burnish.errors import CheckpointError, ConfigError
 from burnish.records import MicroBatch
 from burnish.runtime import Ranks
 from rig.toy import toy_config, toy_llama, toy_model, toy_store
@@ -211,3 +211,9 @@ def test_offloading_on_one_process_means_deepspeed() -> None:
     """The local engine would leave it out without a word."""
     offloads = toy_config("out", {"engine.zero_stage": 3, "engine.offload_optimizer": "cpu"})
     assert engine_kind(offloads, ALONE) == "deepspeed"
+
+
+def test_flex_attention_on_a_cpu_is_refused_before_its_backward_would_be() -> None:
+    config = toy_config("out", {"model.attention": "flex"})
+    with pytest.raises(ConfigError, match=r"model\.attention: is flex"):
+        build_engine(config, Ranks(0, 0, 1), torch.device("cpu"), toy_model(config, torch.float32))

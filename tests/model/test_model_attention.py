@@ -4,11 +4,11 @@ import pytest
 import torch
 from tiny_models import FAMILIES, build, make_documents
 from torch.nn.functional import scaled_dot_product_attention
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM
 
 from breadth.batches import collate
 from breadth.families import build as build_family
-from burnish.errors import ConfigError
+from burnish.errors import ConfigError, MachineError
 from burnish.model import document_attention as ours
 from burnish.model.attention import can_isolate, verify_isolation
 from burnish.model.document_attention import (
@@ -195,3 +195,17 @@ def test_asking_for_another_attention_pads(choice):
     model = SupervisedModel(build("llama"), capability)
     with pytest.raises(ValueError, match="padded"):
         model(to_device(collate(make_documents(), True), torch.device("cpu")))
+
+
+def test_attention_that_the_model_cannot_take_is_an_error_of_its_key():
+    with pytest.raises(ConfigError, match=r"model\.attention: Gemma2ForCausalLM cannot take sdpa here: "):
+        can_isolate(build("gemma2"), "sdpa")
+
+
+def test_attention_whose_package_is_missing_is_an_error_of_the_machine(monkeypatch):
+    def missing(*_arguments, **_more):
+        raise ImportError("the package for FlashAttention2 doesn't seem to be installed.")
+
+    monkeypatch.setattr(LlamaForCausalLM, "_flash_attn_can_dispatch", missing)
+    with pytest.raises(MachineError, match=r"model\.attention: .* doesn't seem to be installed"):
+        can_isolate(build("llama"), "flash_attention_2")

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from burnish.config.adapter_file import recorded_base
+from burnish.config.layout import OWN_ATTENTION, refused_layout
 from burnish.config.raw_deepspeed import misspelt_settings, refused_settings
 from burnish.config.row_rules import misnamed_rules
 from burnish.config.schema import Config, SourceConfig
@@ -46,6 +47,7 @@ def contradictions(config: Config) -> Iterator[Problem]:
     """Those of `check_config` that keys alone tell: a pure function."""
     yield from _check_model_keys(config)
     yield from _check_compile(config)
+    yield from refused_layout(config)
     yield from _check_batch(config)
     yield from _check_engine(config)
     yield from _check_training(config)
@@ -318,7 +320,7 @@ def _check_sequence_parallel(config: Config) -> Iterator[Problem]:
     if processes != "auto" and processes % size:
         what = f"is {size}, which does not divide launch.num_processes {processes}"
         yield Problem(where, what, f"Start a multiple of {size} processes.")
-    if config.data.packing == "off" or config.model.attention not in ("auto", "varlen"):
+    if config.data.packing == "off" or config.model.attention not in OWN_ATTENTION:
         yield Problem(where, "needs data.packing and our attention (model.attention: auto)", cure)
     if config.train.neftune_alpha is not None:
         yield Problem(where, "does not go with train.neftune_alpha yet", cure)

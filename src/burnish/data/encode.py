@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, final
 
 import pyarrow as pa
@@ -102,18 +102,24 @@ class BatchEncoder:
         num_rows: int,
         used: Sequence[Row],
         conversations: Sequence[Conversation],
-        findings: list[Finding],
+        findings: Sequence[Finding],
     ) -> BatchResult:
         examples: list[Example] = []
         warnings: list[tuple[str, str]] = []
         cuts: list[tuple[int, int]] = []
         hashes: list[int] = []
         pieces: list[int] = []
+        lost: dict[tuple[int, str], Finding] = {}
         num_control_tokens, last = 0, -1
         for encoded in self._encoder.encode(conversations):
             num_control_tokens += encoded.num_control_tokens_typed
             if encoded.problem is not None:
-                findings.append(self._lost(used[encoded.index], encoded.problem, encoded))
+                # A row is counted once per rule, however many parts of it were lost where it was split.
+                key = encoded.index, encoded.problem.rule
+                if key in lost:
+                    lost[key] = _with_part(lost[key], encoded)
+                else:
+                    lost[key] = self._lost(used[encoded.index], encoded.problem, encoded)
             elif encoded.example is not None:
                 examples.append(encoded.example)
                 warnings += [(text, encoded.example.row) for text in encoded.warnings]
@@ -126,7 +132,7 @@ class BatchEncoder:
             num_kept=pieces.count(0),
             tokens=tokens_batch(examples),
             index=index_batch(examples, cuts, hashes, pieces),
-            findings=tuple(findings),
+            findings=(*findings, *lost.values()),
             warnings=tuple(warnings),
             num_control_tokens=num_control_tokens,
         )
@@ -147,6 +153,15 @@ class BatchEncoder:
     def _count(self, text: str) -> int:
         clean = text.encode("utf-8", errors="replace").decode("utf-8")
         return len(self._backend.encode(clean, add_special_tokens=False).ids)
+
+
+def _with_part(finding: Finding, part: Encoded) -> Finding:
+    """The finding about a row with one more part of it lost, for the same reason."""
+    return replace(
+        finding,
+        num_tokens=finding.num_tokens + part.num_tokens_cut,
+        num_supervised=finding.num_supervised + part.num_supervised_cut,
+    )
 
 
 def _given_tokens(value: Mapping[str, Any], fmt: RowFormat) -> tuple[int, int]:

@@ -91,6 +91,9 @@ def build_engine(config: Config, ranks: Ranks, device: torch.device, model: Supe
         ConfigError: The model or the number of ranks does not go with what is asked for.
         MachineError: deepspeed is not installed, or the device cannot do the dtype.
     """
+    if config.model.attention == "flex" and device.type == "cpu":
+        what = "is flex, which has no backward on a CPU"
+        raise ConfigError(Problem("model.attention", what, "Leave it at auto."))
     size = config.engine.sequence_parallel
     if size == 1:
         return _whole_engine(config, ranks, device, model)

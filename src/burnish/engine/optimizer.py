@@ -33,7 +33,7 @@ def build_param_groups(model: nn.Module, optim: OptimConfig) -> list[dict[str, A
     trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     if not trainable:
         raise ValueError("the model has no trainable parameter")
-    parts = _parts_of([name for name, _ in trainable], optim)
+    parts = parts_of([name for name, _ in trainable], optim)
     lists_of_vectors = _embeddings_and_heads(model) if optim.name == "muon" else set()
     groups: dict[tuple[bool, int, bool], list[nn.Parameter]] = {}
     for (_, parameter), part in zip(trainable, parts, strict=True):
@@ -54,9 +54,13 @@ def build_param_groups(model: nn.Module, optim: OptimConfig) -> list[dict[str, A
     ]
 
 
-def _parts_of(names: Sequence[str], optim: OptimConfig) -> list[int]:
+def parts_of(names: Sequence[str], optim: OptimConfig) -> list[int]:
     """Which part of `optim.group_lr` each parameter belongs to, counted from 1; 0 for none. The last pattern
-    that names it counts."""
+    that names it counts.
+
+    Raises:
+        ConfigError: A pattern names none of them.
+    """
     parts = [0] * len(names)
     problems = []
     for part, pattern in enumerate(optim.group_lr, start=1):

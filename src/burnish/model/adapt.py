@@ -46,10 +46,7 @@ def adapt(
         ConfigError: Target modules or parts to freeze that do not exist, nothing left to train, or a level
             of checkpointing or tiles that this model cannot do.
     """
-    tiles = Region()
-    if mlp_tile_tokens is not None:
-        tile_layers(model, mlp_tile_tokens, tiles)
-    recompute_layers(model, activation_checkpointing, tiles)
+    compute_again(model, activation_checkpointing, mlp_tile_tokens)
     if adapter is None:
         _freeze(model, freeze)
         return model
@@ -67,12 +64,31 @@ def adapt(
     return adapted
 
 
-def require_names(model: PreTrainedModel, adapter: AdapterConfig | None, freeze: Sequence[str]) -> None:
+def compute_again(model: PreTrainedModel, level: Level, mlp_tile_tokens: int | None) -> None:
+    """Let the backward compute again what the config says; the model may be without memory for its weights.
+
+    Args:
+        model: Without an adapter yet.
+        level, mlp_tile_tokens: As for `adapt`.
+
+    Raises:
+        ConfigError: The model cannot do that.
+    """
+    tiles = Region()
+    if mlp_tile_tokens is not None:
+        tile_layers(model, mlp_tile_tokens, tiles)
+    recompute_layers(model, level, tiles)
+
+
+def require_names(model: PreTrainedModel, adapter: AdapterConfig | None, freeze: Sequence[str]) -> nn.Module:
     """Refuse what `adapt` refuses of names, in its words; the model may be without memory for its weights.
 
     Args:
         model: The base model; not to be used afterwards.
         adapter, freeze: As for `adapt`.
+
+    Returns:
+        The model, adapted: what is trained of it has the names that it will have.
 
     Raises:
         ConfigError: Target modules or parts to freeze that do not exist, nothing left to train, or an
@@ -89,6 +105,7 @@ def require_names(model: PreTrainedModel, adapter: AdapterConfig | None, freeze:
             assert isinstance(adapted, PeftModel)
             require_fit(adapted, adapter)
     _freeze(adapted, freeze)
+    return adapted
 
 
 def _leave_inputs_as_they_are(model: PeftModel) -> None:

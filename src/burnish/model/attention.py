@@ -22,8 +22,9 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from burnish.config.layout import OWN_ATTENTION
 from burnish.config.schema import Config
-from burnish.errors import ConfigError, Problem
+from burnish.errors import ConfigError, MachineError, Problem
 from burnish.model.anatomy import body_of, causal_model, head_of
 from burnish.model.document_attention import ATTENTION_NAME, document_mask, register_attention
 from burnish.model.last_layer import verify_last_layer
@@ -38,9 +39,6 @@ log = logging.getLogger("burnish")
 
 PROBE_LENGTHS = (7, 6)
 """Tokens of the two documents of a trial."""
-
-OWN = ("auto", "varlen")
-"""Choices of `model.attention` that mean our attention function."""
 
 
 @dataclass(frozen=True)
@@ -87,6 +85,8 @@ def can_isolate(
         ConfigError: The model's tokens see the tokens after them: it is no causal language model. Or
             documents may be longer than its learned positions, or so long that they change how others
             beside them are numbered. Or packing is `on`, and the model cannot keep packed documents apart.
+            Or it cannot take the attention that is asked for.
+        MachineError: The package for that attention is not installed.
     """
     causal = causal_model(model)
     register_attention()
@@ -111,8 +111,23 @@ def can_isolate(
                 "data.packing", f"is on, but {capability.reason}", "Set it to auto: rows are then padded."
             )
         )
-    causal.set_attn_implementation(capability.attention)
+    _use_attention(causal, capability.attention)
     return capability
+
+
+def _use_attention(model: PreTrainedModel, attention: str) -> None:
+    """Have transformers compute attention so; what it refuses was asked for by name.
+
+    Raises:
+        ConfigError: The model, or the device, cannot.
+        MachineError: The package for it is not installed.
+    """
+    try:
+        model.set_attn_implementation(attention)
+    except (ImportError, ValueError) as error:
+        what = f"{type(model).__name__} cannot take {attention} here: {str(error).strip().splitlines()[0]}"
+        kind = MachineError if isinstance(error, ImportError) else ConfigError
+        raise kind(Problem("model.attention", what, "Leave it at auto.")) from error
 
 
 def _subject(model: PreTrainedModel) -> PreTrainedModel | None:
@@ -134,7 +149,7 @@ def _try_out(
     padded = _padded_attention(model, choice)
     if packing == "off":
         return Capability(False, padded, "data.packing is off", fused)
-    if choice not in OWN:
+    if choice not in OWN_ATTENTION:
         return Capability(False, padded, f"packing is not offered with attention: {choice}", fused)
     problem = rope_mixes(model, max_tokens) or verify_isolation(model, max_tokens)
     if problem is not None:
@@ -163,7 +178,7 @@ def _require_causal(model: PreTrainedModel) -> None:
 def _padded_attention(model: PreTrainedModel, choice: str) -> str:
     """transformers' attention for padded rows: as asked for, else SDPA where it gives what the
     written-out attention gives (it ignores Gemma 2's soft-capping, for one)."""
-    if choice not in OWN:
+    if choice not in OWN_ATTENTION:
         return {"flex": "flex_attention"}.get(choice, choice)
     body = body_of(model)
     if not model._supports_sdpa or body is None:

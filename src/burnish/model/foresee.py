@@ -8,10 +8,12 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from burnish.config.layout import OWN_ATTENTION
 from burnish.config.schema import Config, ModelConfig
-from burnish.model.adapt import require_names
-from burnish.model.attention import OWN, Capability, asked, can_isolate
+from burnish.model.adapt import compute_again, require_names
+from burnish.model.attention import Capability, asked, can_isolate
 from burnish.model.begin import tell_doubt
+from burnish.model.extras import Balance
 from burnish.model.load import load_model_config
 from burnish.model.vision import architecture_of, count_kept, freeze_vision
 from burnish.plan.shapes import ModelShape
@@ -65,23 +67,33 @@ def foresee_capability(config: Config) -> Capability | None:
         return None
     choice, max_tokens, packing, alone = asked(config)
     # A kernel that is asked for may not be installed here, and what is found out does not depend on it.
-    choice = choice if choice in OWN else "eager"
+    choice = choice if choice in OWN_ATTENTION else "eager"
     return can_isolate(empty.bfloat16(), choice, max_tokens, packing, alone)
 
 
-def require_parts(config: Config) -> None:
-    """Refuse `adapter.targets` and `model.freeze` where the model has no such part, in `adapt`'s own words,
-    and an adapter to begin with that is not one of this model.
+def require_parts(config: Config) -> list[str] | None:
+    """Refuse `adapter.targets`, `model.freeze` and `train.router_aux_loss` where the model has no such part,
+    in `adapt`'s own words; layers that cannot be computed again as asked; and an adapter to begin with that
+    is not one of this model.
 
     The model is built without memory for its weights. Silent where the code comes with the model, which only
     loading runs.
 
+    Returns:
+        Names of the weights that will be trained, as the engine will know them; None where nobody knows.
+
     Raises:
-        ConfigError: See `require_names`.
+        ConfigError: See `require_names` and `compute_again`.
     """
     empty = _empty(load_model_config(config.model))
     if empty is None:
-        return
+        return None
     tell_doubt(config)
     freeze_vision(empty)
-    require_names(empty, config.adapter, config.model.freeze)
+    level = config.model.activation_checkpointing
+    compute_again(empty, "none" if level == "auto" else level, config.model.mlp_tile_tokens)
+    Balance.of(empty, config.train.router_aux_loss)
+    adapted = require_names(empty, config.adapter, config.model.freeze)
+    if config.adapter is not None and (config.model.add_tokens or config.adapter.path is not None):
+        return None  # rows of tokens may be trained beside the adapter: how they are called is peft's to say
+    return [f"model.{name}" for name, weight in adapted.named_parameters() if weight.requires_grad]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from burnish.config.layout import OWN_ATTENTION
 from burnish.config.schema import Config
 
 _SURE = frozenset(
@@ -23,7 +24,7 @@ def surely_packed(config: Config, model_config: Mapping[str, Any]) -> bool | Non
         config: The run's.
         model_config: The model's config.json.
     """
-    if config.data.packing == "off" or config.model.attention not in ("auto", "varlen"):
+    if config.data.packing == "off" or config.model.attention not in OWN_ATTENTION:
         return False
     return True if surely_apart(model_config) else None
 

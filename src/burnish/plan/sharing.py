@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
+from burnish.config.layout import CURE_SHARING, sharing_conflicts
 from burnish.config.schema import Config
 from burnish.errors import ConfigError, Problem
 
@@ -26,29 +27,12 @@ def unshared(config: Config, device_type: str | None, model_problem: str | None)
     choice = config.data.share_prefix
     if choice == "off":
         return "data.share_prefix is off"
-    problem = next(_conflicts(config), None) or model_problem
+    problem = next(sharing_conflicts(config), None) or model_problem
     if choice == "on" and problem is not None:
-        cure = "Set it to auto: what can be shared then is, and the plan says what is not."
-        raise ConfigError(Problem("data.share_prefix", f"is on, but {problem}", cure))
+        raise ConfigError(Problem("data.share_prefix", f"is on, but {problem}", CURE_SHARING))
     if problem is None and choice == "auto" and device_type != "cpu":
         return "it has been tried on a CPU only so far (data.share_prefix: on shares all the same)"
     return problem
-
-
-def _conflicts(config: Config) -> Iterator[str]:
-    data, train = config.data, config.train
-    if data.packing == "off" or config.model.attention not in ("auto", "varlen"):
-        yield "it needs data.packing and our attention (model.attention: auto)"
-    if config.batch.micro_examples is not None:
-        yield "batch.micro_examples cuts forwards by examples"
-    if config.engine.sequence_parallel > 1:
-        yield "engine.sequence_parallel gives each rank a part of every row"
-    if train.neftune_alpha is not None:
-        yield "train.neftune_alpha puts another noise on each example"
-    if train.router_aux_loss != 0:
-        yield "train.router_aux_loss looks at each example by itself"
-    if config.adapter is not None and config.adapter.dropout > 0:
-        yield "adapter.dropout draws for each example anew"
 
 
 def unsuited(model_config: Mapping[str, Any], max_tokens: int | None) -> str | None:
