@@ -162,11 +162,12 @@ def train(*config: Flags) -> None:
     Run the same command again to go on from the newest whole checkpoint.
     """
     from burnish.config.packages import require_packages
-    from burnish.launch import launch, num_workers
+    from burnish.launch import launch, num_workers, require_gpus
     from burnish.runtime import ranks_from_environment
 
     loaded = _load(config, to_write=True)
     count = num_workers(loaded.launch)
+    require_gpus(count)
     require_packages(loaded, max(count, ranks_from_environment().world_size))
     if count > 1:
         sys.exit(launch(count, [sys.executable, "-m", "burnish", "train", *config]))

@@ -21,6 +21,7 @@ from pathlib import Path
 from types import FrameType
 
 from burnish.config.schema import LaunchConfig
+from burnish.errors import ConfigError, Problem, counted
 from burnish.rendezvous import in_slurm_step
 from burnish.runtime import available_cores, log
 
@@ -43,6 +44,19 @@ def num_workers(launch: LaunchConfig, environ: Mapping[str, str] = os.environ) -
     if launch.num_processes != "auto":
         return launch.num_processes
     return max(1, num_gpus())
+
+
+def require_gpus(num_processes: int) -> None:
+    """Refuse more workers than this machine has GPUs, if it has any: NCCL takes no two ranks on one.
+
+    Raises:
+        ConfigError: There are too few.
+    """
+    gpus = num_gpus() if num_processes > 1 else 0
+    if 0 < gpus < num_processes:
+        what = f"is {num_processes}, with {counted(gpus, 'GPU')} here: NCCL takes one process on each"
+        cure = "Leave it at auto; to train on the CPU: CUDA_VISIBLE_DEVICES= burnish train …"
+        raise ConfigError(Problem("launch.num_processes", what, cure))
 
 
 def num_gpus() -> int:

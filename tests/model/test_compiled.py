@@ -54,6 +54,7 @@ def run(cases: Mapping[str, Mapping[str, Any]], folder: Path) -> dict[str, Any]:
     worker = Path(__file__).with_name("compiled_worker.py")
     tests = worker.parent.parent
     paths = [str(path) for path in (tests, tests / "model", tests.parent / "src")]
+    paths += [told] if (told := os.environ.get("PYTHONPATH")) else []  # where packages may be
     env = {
         **os.environ,
         "PYTHONPATH": os.pathsep.join(paths),

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -10,6 +12,7 @@ import pytest
 import torch
 from tiny_models import FAMILIES, build, gradients, make_documents
 from torch import nn
+from torch.utils.checkpoint import set_checkpoint_early_stop
 
 from breadth.batches import collate
 from burnish.config.schema import AdapterConfig
@@ -104,6 +107,29 @@ def test_each_of_two_forwards_is_computed_again_at_its_own_rows(
     counts = [len(batch.targets) for batch in batches]
     assert counts[0] != counts[1]
     assert rows == counts * (1 if level == "none" else 2)
+
+
+@pytest.mark.parametrize("level", ["light", "full", "offload"])
+def test_a_transformers_that_computes_the_whole_call_again(
+    level: Level, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As 5.17 does; later ones put the checkpoint into the forward, which ours stands for."""
+
+    def call(layer: Any, *args: Any, **arguments: Any) -> Any:
+        compute = partial(nn.Module.__call__, layer, **arguments)
+        again = layer.gradient_checkpointing and layer.training
+        return layer._gradient_checkpointing_func(compute, *args) if again else compute(*args)
+
+    ours, whole = pair("llama", LORA, level)
+    kind = type(layer_of(ours.model))
+    monkeypatch.setattr(kind, "forward", inspect.unwrap(kind.forward))
+    monkeypatch.setattr(kind, "__call__", call)
+    batch = to_device(collate(make_documents(), True), CPU)
+    rows = rows_of_mlp(ours.model)
+    with set_checkpoint_early_stop(False):  # which may end before it meets what differs
+        assert_same(trained(ours, batch), trained(whole, batch))
+    assert rows == [len(batch.targets)] * 2
+    assert layer_of(ours.model).gradient_checkpointing
 
 
 def test_tiled_mlp() -> None:

@@ -12,8 +12,10 @@ from pathlib import Path
 
 import pytest
 
+from burnish import launch as launching
 from burnish.config.schema import LaunchConfig
-from burnish.launch import launch, num_workers, threads_per_worker
+from burnish.errors import ConfigError
+from burnish.launch import launch, num_workers, require_gpus, threads_per_worker
 
 PYTHON = sys.executable
 
@@ -109,3 +111,13 @@ def test_how_many(monkeypatch: pytest.MonkeyPatch) -> None:
     assert num_workers(LaunchConfig(num_processes=3), {"RANK": "0", "WORLD_SIZE": "1"}) == 1
     assert num_workers(LaunchConfig(num_processes=3), {"SLURM_STEP_ID": "0", "SLURM_NTASKS": "4"}) == 1
     assert num_workers(LaunchConfig(), {}) >= 1
+
+
+def test_no_more_workers_than_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    """NCCL would end them with a traceback: duplicate GPU detected."""
+    for gpus, count in ((0, 4), (1, 1), (2, 2), (4, 2)):
+        monkeypatch.setattr(launching, "num_gpus", lambda gpus=gpus: gpus)
+        require_gpus(count)
+    monkeypatch.setattr(launching, "num_gpus", lambda: 1)
+    with pytest.raises(ConfigError, match=r"launch.num_processes: is 2, with 1 GPU here"):
+        require_gpus(2)

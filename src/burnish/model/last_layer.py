@@ -63,21 +63,27 @@ def supervised_rows(
         layer: What `last_layer` found, and `verify_last_layer` let pass.
         rows: Numbers into the rows of the layer's input laid end to end.
     """
-    layer.forward = partial(_forward, layer, rows)
+    again = layer.gradient_checkpointing
+    layer.forward = partial(_forward, layer, again, rows)
+    # transformers checkpoints in the forward that this one stands for; earlier (5.17) it did around the call,
+    # and the backward would compute again with whatever forward the layer has by then.
+    layer.gradient_checkpointing = False
     try:
         yield
     finally:
+        layer.gradient_checkpointing = again
         del layer.forward
 
 
 def _forward(
     layer: GradientCheckpointingLayer,
+    again: bool,
     rows: torch.Tensor,
     hidden_states: Float[torch.Tensor, "rows columns width"],
     **arguments: Any,
 ) -> Float[torch.Tensor, "1 targets width"]:
     compute = partial(_at_rows, layer, rows, arguments)
-    if layer.gradient_checkpointing and layer.training:  # as the forward does that this one stands for
+    if again and layer.training:
         return layer._gradient_checkpointing_func(compute, hidden_states)  # pyright: ignore
     return compute(hidden_states)
 
