@@ -31,7 +31,15 @@ from data_path.preparing import masks  # noqa: E402
 from data_path.rows import read_rows, tokenizer_for  # noqa: E402
 from step.cases import CASES, GPU_CASES, NUM_WINDOWS, QUICK, Case  # noqa: E402
 from step.front_door import stage, time_split, train, zero_cost  # noqa: E402
-from step.race import ALWAYS, ALWAYS_ON_GPUS, PEERS, Settings, run_case, run_curve  # noqa: E402
+from step.race import (  # noqa: E402
+    ALWAYS,
+    ALWAYS_ON_GPUS,
+    ALWAYS_WHERE_CROWDED,
+    PEERS,
+    Settings,
+    run_case,
+    run_curve,
+)
 from step.table import curve_sentence, printed, verdicts, write_page  # noqa: E402
 
 QUICK_PEERS = ("trl", "trl-single")
@@ -89,7 +97,9 @@ def parse() -> argparse.Namespace:
 def racers_of(case: Case, args: argparse.Namespace) -> list[str]:
     """Who races in this case."""
     peers = QUICK_PEERS if args.quick else PEERS if case.all_peers else NEAR_PEERS
-    always = ALWAYS_ON_GPUS if args.device == "cuda" else ALWAYS
+    always = ALWAYS
+    if args.device == "cuda":
+        always = ALWAYS_WHERE_CROWDED if case.crowded else ALWAYS_ON_GPUS
     return list(dict.fromkeys([*always, *(args.racers.split(",") if args.racers else peers)]))
 
 

@@ -27,27 +27,23 @@ from on_device.rows import Rows
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 
-LOSS_BOUND = {"fp32": 1e-4, "bf16": 2e-2, "fp16": 2e-2}
+LOSS_BOUND = {"fp32": 1e-4, "bf16": 2e-2, "fp16": 2e-2, "8bit": 5e-2}
 """Relative, against one process in fp32 on the CPU."""
+LONGEST_ERROR = 3000
+"""Characters, from the end: the machine may be gone when somebody reads it."""
 
 
 def marked_tests(device: str) -> dict[str, Any]:
-    """The tests marked `gpu`."""
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-m",
-        "gpu",
-        "--disable-warnings",
-        "-p",
-        "no:cacheprovider",
-        "tests",
-    ]
+    """The tests marked `gpu`. Other files are not collected: they may want packages that are not here."""
+    every = sorted((ROOT / "tests").rglob("test_*.py"))
+    files = [str(path) for path in every if "mark.gpu" in path.read_text()]
+    flags = ["-m", "gpu", "-q", "--tb=short", "--disable-warnings", "-p", "no:cacheprovider"]
+    command = [sys.executable, "-m", "pytest", *flags, *files]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     last = done.stdout.strip().splitlines()[-1] if done.stdout.strip() else done.stderr[-500:]
     ran = re.search(r"\d+ passed", last) is not None
-    return {"ok": done.returncode == 0 and (ran or device == "cpu"), "pytest": last}
+    failures = {"failures": done.stdout[-LONGEST_ERROR:]} if done.returncode else {}
+    return {"ok": done.returncode == 0 and (ran or device == "cpu"), "pytest": last, **failures}
 
 
 def engines(folder: Path, device: str, rows: Rows) -> dict[str, Any]:
@@ -60,19 +56,56 @@ def engines(folder: Path, device: str, rows: Rows) -> dict[str, Any]:
     dtypes = ("fp32", "bf16", "fp16") if device == "cuda" else ("fp32", "bf16")
     kinds: list[tuple[str, int]] = [("local", 0), *(("deepspeed", stage) for stage in (0, 1, 2, 3))]
 
-    def one(kind: str, stage: int, dtype: str) -> dict[str, Any]:
-        name = f"{kind}{stage if kind == 'deepspeed' else ''}-{dtype}"
-        flags = {"engine.kind": kind, "engine.zero_stage": stage, "model.dtype": dtype}
-        run = _train(job, folder / name, flags, hide_gpu=device == "cpu")
-        worst = _worst(losses(folder / name), expected) if run["code"] == 0 else None
-        good = worst is not None and worst < LOSS_BOUND[dtype]
-        return {"engine": name, "ok": good, "worst_loss_difference": worst, "error": run["error"]}
+    jobs: dict[str, tuple[dict[str, Any], str]] = {
+        f"{kind}{stage if kind == 'deepspeed' else ''}-{dtype}": (
+            {"engine.kind": kind, "engine.zero_stage": stage, "model.dtype": dtype},
+            dtype,
+        )
+        for dtype in dtypes
+        for kind, stage in kinds
+    }
+    if device == "cuda" and importlib.util.find_spec("bitsandbytes"):
+        jobs["local-fp32-adamw_8bit"] = {"engine.kind": "local", "optim.name": "adamw_8bit"}, "8bit"
+    hidden = device == "cpu"
+
+    def one(name: str, flags: Mapping[str, Any], bound: str) -> dict[str, Any]:
+        return _beside(name, _train(job, folder / name, flags, hidden), folder / name, expected, bound)
+
+    def quantized() -> dict[str, Any]:
+        name, flags = "local-bf16-nf4", _nf4(folder / "cpu" / "final")
+        on_cpu = _train(job, folder / "cpu-nf4", flags, hide_gpu=True)
+        if on_cpu["code"]:
+            return {"engine": name, "ok": False, "error": on_cpu["error"]}
+        run = _train(job, folder / name, flags, hidden)
+        return _beside(name, run, folder / name, losses(folder / "cpu-nf4"), "bf16")
 
     with ThreadPoolExecutor(PARALLEL_ENGINES if device == "cuda" else 1) as several:
-        found = [several.submit(one, *kind, dtype) for dtype in dtypes for kind in kinds]
+        found = [several.submit(one, name, *how) for name, how in jobs.items()]
+        if importlib.util.find_spec("bitsandbytes"):
+            found.append(several.submit(quantized))
         for done in as_completed(found):
             rows.add(done.result())
     return {"ok": all(row["ok"] for row in rows.all), "rows": rows.all}
+
+
+def _nf4(base: Path) -> dict[str, Any]:
+    """Flags of QLoRA on a model that has been trained: fresh weights are not quantised."""
+    adapter = {"adapter.kind": "lora", "adapter.quantize": "nf4"}
+    return {
+        "engine.kind": "local",
+        "model.dtype": "bf16",
+        "model.path": base,
+        "model.init": "pretrained",
+    } | adapter
+
+
+def _beside(
+    name: str, run: Mapping[str, Any], out: Path, expected: list[float], bound: str
+) -> dict[str, Any]:
+    """A run's losses beside those expected of it."""
+    worst = _worst(losses(out), expected) if run["code"] == 0 else None
+    good = worst is not None and worst < LOSS_BOUND[bound]
+    return {"engine": name, "ok": good, "worst_loss_difference": worst, "error": run["error"]}
 
 
 def _worst(found: list[float], expected: list[float]) -> float:
@@ -98,7 +131,8 @@ def _train(
                 process.wait()
                 return {"code": 0, "error": ""}
             time.sleep(0.2)
-    return {"code": process.returncode, "error": log.read_text()[-600:] if process.returncode else ""}
+    error = log.read_text()[-LONGEST_ERROR:] if process.returncode else ""
+    return {"code": process.returncode, "error": error}
 
 
 def _num_logged(run_dir: Path) -> int:
@@ -250,8 +284,21 @@ def race(out: Path, device: str, quick: bool, cases: list[str] | None, rows: Row
     for case in cases or (("llama/alpaca",) if quick else RACES):
         command = [sys.executable, str(ROOT / "bench" / "step.py"), "--device", device, "--case", case]
         command += ["--add", str(out / "race.json")] + ["--quick"] * quick
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        error = {"error": done.stderr[-1000:]} if done.returncode else {}
-        rows.add({"run": case, "table": done.stdout[-4000:], **error})
+        code, table, said = _followed(command)
+        error = {"error": said[-LONGEST_ERROR:]} if code else {}
+        rows.add({"run": case, "table": table[-4000:], **error})
         ok = ok and not error
     return {"ok": ok, "rows": rows.all}
+
+
+def _followed(command: list[str]) -> tuple[int, str, str]:
+    """Exit code, stdout and stderr; the latter is passed on as it comes, for when this is stopped."""
+    said: list[str] = []
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None and process.stderr is not None
+        for line in process.stderr:  # what is printed besides is a table, which a pipe holds
+            said.append(line)
+            sys.stderr.write(line)
+            sys.stderr.flush()
+        table = process.stdout.read()
+    return process.returncode, table, "".join(said)

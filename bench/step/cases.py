@@ -6,7 +6,7 @@ import json
 import os
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +90,11 @@ class Case:
     examples_per_step: int = 8
     all_peers: bool = False
     """Race every peer; else those that were near, so that all cases together end within half an hour."""
+    micro_tokens: int | None = None
+    """Of our forwards, as `auto` gives it on the GPU that the case is for; None is the default on a CPU."""
+    crowded: bool = False
+    """On a GPU only Burnish and TRL race: everybody's weights and optimizer are on it all the time, 12 bytes
+    a parameter, and those of more do not fit into 80 GB beside a step."""
 
     @property
     def name(self) -> str:
@@ -157,9 +162,9 @@ CASES = (
     Case("llama", "alpaca", lora=True),
 )
 GPU_CASES = (
-    Case("qwen-0.5b", "documents", examples_per_step=4),
-    Case("qwen-0.5b", "documents", lora=True, examples_per_step=4),
-    Case("qwen-1.5b", "documents", examples_per_step=4),
+    Case("qwen-0.5b", "documents", examples_per_step=4, micro_tokens=8192),
+    Case("qwen-0.5b", "documents", lora=True, examples_per_step=4, micro_tokens=8192),
+    Case("qwen-1.5b", "documents", examples_per_step=4, micro_tokens=4096, crowded=True),
 )
 """Only where they are asked for by name."""
 QUICK = ("llama/alpaca",)
@@ -184,8 +189,7 @@ def write_case(case: Case, rows: Sequence[Example], folder: Path, seed: int = 0)
         weights=np.concatenate([e.weights for e in examples]),
         lengths=np.array([len(e.token_ids) for e in examples]),
     )
-    named = {"model": case.model, "data": case.data, "lora": case.lora}
-    (folder / CASE_FILE).write_text(json.dumps({**named, "examples_per_step": case.examples_per_step}))
+    (folder / CASE_FILE).write_text(json.dumps(asdict(case)))
     model_folder = folder / MODEL_FOLDER
     model_folder.mkdir()
     (model_folder / "config.json").write_text(json.dumps(keys))
@@ -231,7 +235,10 @@ def read_race(folder: Path, dtype: str = "bf16") -> Race:
             "model": {"path": str(folder / MODEL_FOLDER), "dtype": dtype},
             "adapter": LORA if case.lora else None,
             "data": {"train": "rows", "max_tokens": 4096},
-            "batch": {"global_examples": case.examples_per_step},
+            "batch": {
+                "global_examples": case.examples_per_step,
+                "micro_tokens": case.micro_tokens or "auto",
+            },
             "optim": {"lr": 1e-4},
             "engine": {"kind": "local"},
             "output_dir": str(folder / "run"),

@@ -1,6 +1,7 @@
-"""What has to hold before a speed counts: `python -m step.gates FOLDER` prints it as JSON.
+"""What has to hold before a speed counts: `python -m step.gates FOLDER DEVICE` prints it as JSON.
 
-The judge is plain transformers in fp32, one document at a time, with its own attention and its own loss.
+The judge is plain transformers in fp32, one document at a time, with its own attention and its own loss. It
+sits on the device that is raced on: there are other kernels on a GPU than on a CPU.
 """
 
 from __future__ import annotations
@@ -28,16 +29,16 @@ FLOOR = 1e-3
 """A parameter whose gradient is under this share of the whole is held to this share's accuracy."""
 
 
-def judge(race: Race) -> tuple[float, dict[str, torch.Tensor]]:
+def judge(race: Race, device: torch.device) -> tuple[float, dict[str, torch.Tensor]]:
     """Loss and gradients of step 1 as each document alone gives them."""
-    model: Any = load_plain(race).float().eval()
+    model: Any = load_plain(race).float().to(device).eval()
     stir(model)
     documents = race.documents(1)
     num_targets = sum(int(e.trained.sum()) for e in documents)
     total = 0.0
     for example in documents:
-        ids = torch.from_numpy(example.token_ids.astype("int64"))[None]
-        labels = torch.from_numpy(labels_of(example))[1:]
+        ids = torch.from_numpy(example.token_ids.astype("int64"))[None].to(device)
+        labels = torch.from_numpy(labels_of(example))[1:].to(device)
         logits = model(input_ids=ids, use_cache=False).logits[0, :-1]
         nll = functional.cross_entropy(logits, labels, ignore_index=NO_TARGET, reduction="sum") / num_targets
         nll.backward()
@@ -55,10 +56,10 @@ def stir(model: torch.nn.Module) -> None:
             parameter.copy_((0.02 * torch.randn(parameter.shape, generator=generator)).bfloat16())
 
 
-def ours(folder: Path, dtype: str) -> tuple[float, dict[str, torch.Tensor]]:
+def ours(folder: Path, dtype: str, device: torch.device) -> tuple[float, dict[str, torch.Tensor]]:
     """Loss and gradients of step 1 as the engine has them before it applies them."""
     race = read_race(folder, dtype)
-    engine, feed = own_engine(race, torch.device("cpu"))
+    engine, feed = own_engine(race, device)
     stir(engine._model)
     window = race.windows.window(1)
     nll = 0.0
@@ -81,10 +82,10 @@ def differences(one: Mapping[str, torch.Tensor], other: Mapping[str, torch.Tenso
     return worst, gaps[worst]
 
 
-def contamination(folder: Path) -> float:
+def contamination(folder: Path, device: torch.device) -> float:
     """How much the losses of other documents change when one is replaced: nothing should."""
     race = read_race(folder, "fp32")
-    engine, _ = own_engine(race, torch.device("cpu"))
+    engine, _ = own_engine(race, device)
     cut = race.windows.window(1).cuts[0][0]
     documents = [race.store[int(i)] for i in cut]
     batch = collate(documents, cut, True, 0)
@@ -113,18 +114,18 @@ def main() -> None:
     """Run every gate on one case."""
     answers = private_stdout()
     quieten_libraries()
-    folder = Path(sys.argv[1])
+    folder, device = Path(sys.argv[1]), torch.device(sys.argv[2])
     race = read_race(folder)
-    loss, gradients = judge(race)
+    loss, gradients = judge(race, device)
     found: dict[str, Any] = {}
     passed = True
     for dtype, limit in LIMITS.items():
-        own_loss, own_gradients = ours(folder, dtype)
+        own_loss, own_gradients = ours(folder, dtype, device)
         name, gap = differences(own_gradients, gradients)
         loss_gap = abs(own_loss - loss) / loss
         found[dtype] = {"loss": loss_gap, "gradient": gap, "worst": name, "limit": limit}
         passed &= loss_gap <= limit and gap <= limit
-    leak = contamination(folder)
+    leak = contamination(folder, device)
     covered = coverage(race)
     found |= {"contamination": leak, "every_target_once": covered, "loss": loss}
     found["passed"] = bool(passed and leak == 0.0 and covered)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ BENCH = Path(__file__).parents[1]
 ALWAYS = ("matrix", "burnish", "hf-packed", "hf-packed-as-is")
 ALWAYS_ON_GPUS = ("matrix", "burnish", "burnish-compiled", "hf-packed")
 """There is no allocator setting there, and all who race are on the device at once."""
+ALWAYS_WHERE_CROWDED = ("matrix", "burnish")
 PEERS = ("hf-padded", "openrlhf", *TRL_GRID)
 
 
@@ -106,17 +108,20 @@ def run_case(case: Case, rows: Sequence[Any], settings: Settings) -> dict[str, A
     with tempfile.TemporaryDirectory(prefix="burnish-step-") as scratch:
         folder = Path(scratch)
         write_case(case, rows, folder)
-        gates = _judged(folder, "step.gates")
+        _tell(f"{case.name}: everything is written, the gates begin")
+        gates = _judged(folder, "step.gates", settings.device)
+        _tell("the racers start")
         racers: dict[str, Racer] = {}
         try:
-            racers = _start(folder, settings)
-            turns = _take_turns(racers, settings)
+            racers = {name: _racer(name, folder, settings) for name in settings.racers}
+            lost = _ready(racers)
+            turns = _take_turns(racers, settings, lost)
             ready = {name: racer.ready for name, racer in racers.items()}
         finally:
             for racer in racers.values():
                 racer.stop()
         facts = _facts(folder, case, settings)
-    return {"case": case.name, "gates": gates, **facts, **_summary(turns, ready, facts)}
+    return {"case": case.name, "gates": gates, "lost": lost, **facts, **_summary(turns, ready, facts)}
 
 
 def run_curve(case: Case, rows: Sequence[Any], device: str) -> dict[str, Any]:
@@ -138,33 +143,55 @@ def _judged(folder: Path, module: str, *args: str) -> dict[str, Any]:
     return json.loads(done.stdout)
 
 
-def _start(folder: Path, settings: Settings) -> dict[str, Racer]:
-    racers = {}
-    for name in settings.racers:
-        python = settings.peer_python if name.startswith("trl") else sys.executable
-        racers[name] = Racer(name, folder, python, settings.device)
-    for racer in racers.values():
-        racer.ready = racer.answer()
-    return racers
+def _racer(name: str, folder: Path, settings: Settings) -> Racer:
+    python = settings.peer_python if name.startswith("trl") else sys.executable
+    return Racer(name, folder, python, settings.device)
 
 
-def _take_turns(racers: dict[str, Racer], settings: Settings) -> dict[str, list[dict[str, Any]]]:
+def _ready(racers: Mapping[str, Racer]) -> dict[str, str]:
+    """Wait for all of them; those that ended instead, and what they said."""
+    lost: dict[str, str] = {}
+    for name, racer in racers.items():
+        with _may_drop_out(name, lost):
+            racer.ready = racer.answer()
+    return lost
+
+
+@contextlib.contextmanager
+def _may_drop_out(name: str, lost: dict[str, str]) -> Iterator[None]:
+    """A peer that ends, for want of memory or of a package, is noted; without ours there is no race."""
+    try:
+        yield
+    except (RuntimeError, BrokenPipeError) as error:
+        if name in ("burnish", "matrix"):
+            raise
+        lost[name] = str(error)[-1000:]
+        _tell(f"{name} dropped out: {error}")
+
+
+def _take_turns(
+    racers: dict[str, Racer], settings: Settings, lost: dict[str, str]
+) -> dict[str, list[dict[str, Any]]]:
     """Rounds; after the first one only the faster of TRL's tuned settings goes on besides its defaults."""
     turns: dict[str, list[dict[str, Any]]] = {name: [] for name in racers}
     racing = list(racers)
     for number in range(settings.num_rounds):
+        racing = [name for name in racing if name not in lost]
         for name in racing:
             # With those that are not timed, whole rounds of the matrices' two shapes.
             steps = 4 + settings.warmup % 2 if name == "matrix" else settings.steps
-            turns[name].append(racers[name].turn(steps, settings.warmup))
+            with _may_drop_out(name, lost):
+                turns[name].append(racers[name].turn(steps, settings.warmup))
+                seconds = statistics.median(turns[name][-1]["seconds"])
+                _tell(f"round {number + 1}, {name}: {seconds:.3g} s a step")
         if number == 0:
-            tuned = [name for name in racing if TRL_GRID.get(name)]
+            tuned = [name for name in racing if TRL_GRID.get(name) and name not in lost]
             best = min(tuned, key=lambda name: statistics.median(turns[name][0]["seconds"]), default=None)
             for name in tuned:
                 if name != best:
                     racers[name].stop()
                     racing.remove(name)
-    return turns
+    return {name: own for name, own in turns.items() if own}
 
 
 def _facts(folder: Path, case: Case, settings: Settings) -> dict[str, Any]:
@@ -247,6 +274,12 @@ def _work_per_second(turn: Mapping[str, Any], facts: Mapping[str, Any], number: 
     first = number * (untimed + size) + untimed  # the steps of each turn are numbered on
     timed = facts["steps"][first : first + size]
     return [sum(step[kind] for step in timed) / sum(turn["seconds"]) for kind in range(3)]
+
+
+def _tell(what: str) -> None:
+    """How far it has come, for who waits or has stopped it."""
+    sys.stderr.write(f"{what}\n")
+    sys.stderr.flush()
 
 
 def _spread(values: Sequence[float]) -> dict[str, float]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +77,7 @@ def verdicts(found: Mapping[str, Any], curve: Mapping[str, Any] | None) -> dict[
     for name, least in GATES.get(found["case"], {}).items():
         if name in ratios:
             met[f"{least} over {name} (is {ratios[name]:.2f})"] = ratios[name] >= least
-    if found["case"] in GATES:
+    if found["case"] in GATES and "hf-packed" in racers:
         share = racers["burnish"]["peak_over_model_bytes"] / racers["hf-packed"]["peak_over_model_bytes"]
         met[f"memory at most {MEMORY_GATE} of hf-packed (is {share:.2f})"] = share <= MEMORY_GATE
     return met
@@ -142,5 +142,6 @@ def write_page(results: Mapping[str, Any]) -> None:
 def printed(found: Mapping[str, Any], curve: Mapping[str, Any] | None) -> str:
     """One case on a terminal."""
     targets = verdicts(found, curve)
-    lines: Sequence[str] = [f"{'met ' if met else 'MISS'} {what}" for what, met in targets.items()]
+    lines = [f"{'met ' if met else 'MISS'} {what}" for what, met in targets.items()]
+    lines += [f"{name} dropped out: {why.strip().splitlines()[-1]}" for name, why in found["lost"].items()]
     return f"{heading(found, curve)}\n{table(found)}\n" + "\n".join(lines) + "\n"
