@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from burnish.durable import try_writing
+from burnish.durable import replace_text, try_writing
 from burnish.engine.state_files import write_tensors
 from burnish.export.folder import whole_folder
 from burnish.model.finished import load_finished
@@ -58,3 +58,13 @@ def test_weights_that_may_not_be_read_are_not_said_to_be_missing(
     monkeypatch.setattr(os, "access", lambda path, mode: Path(path).suffix != ".safetensors")
     with pytest.raises(PermissionError, match=r"Permission denied: .*model\.safetensors"):
         load_finished(str(tmp_path))
+
+
+def test_a_text_is_replaced_whole_or_not_at_all(tmp_path: Path, small_files: int) -> None:
+    file = tmp_path / "config.yaml"
+    replace_text(file, "before")
+    with pytest.raises(OSError, match="too large"):
+        replace_text(file, "a" * 2 * small_files)
+    assert file.read_text() == "before"
+    replace_text(file, "after")
+    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("config.yaml", "after")]

@@ -28,6 +28,21 @@ def fsync_folders(root: Path) -> None:
         fsync_path(Path(folder))
 
 
+def replace_text(path: Path, text: str) -> None:
+    """Write a file whole, or leave the one that is there: a disk may be full, a run be killed.
+
+    Raises:
+        OSError: It cannot be written.
+    """
+    staged = path.with_name(f".{path.name}.staging")
+    try:
+        staged.write_text(text, encoding="utf-8")
+        fsync_path(staged)
+        staged.replace(path)
+    finally:
+        staged.unlink(missing_ok=True)
+
+
 def try_writing(folder: Path) -> None:
     """Make a folder and a file in it, and take away again what was not there.
 

@@ -236,6 +236,27 @@ def test_resume_from_a_path_gives_up_what_came_after(tmp_path: Path) -> None:
     assert committed_paths(tmp_path) == [chosen, checkpoint_path(tmp_path, 1)]
 
 
+def test_a_link_to_a_checkpoint_is_that_checkpoint(tmp_path: Path) -> None:
+    """A link's own name says no step, and it may lie anywhere; nor need a checkpoint lie in its run."""
+    for step in (1, 2, 3):
+        save(tmp_path / "run", step)
+    chosen = checkpoint_path(tmp_path / "run", 2)
+    (tmp_path / "latest").symlink_to(chosen)
+    assert go_on(tmp_path / "run", str(tmp_path / "latest")) == chosen
+    assert committed_paths(tmp_path / "run") == [chosen, checkpoint_path(tmp_path / "run", 1)]
+    chosen.rename(tmp_path / "large-disk")
+    chosen.symlink_to(tmp_path / "large-disk")
+    assert go_on(tmp_path / "run", "auto") == chosen
+    assert committed_paths(tmp_path / "run") == [chosen, checkpoint_path(tmp_path / "run", 1)]
+
+
+def test_what_a_save_that_died_left_goes_when_the_run_goes_on(tmp_path: Path) -> None:
+    save(tmp_path, 1)
+    (tmp_path / FOLDER / ".staging-step-00000002").mkdir()
+    go_on(tmp_path, "auto")
+    assert [path.name for path in (tmp_path / FOLDER).iterdir()] == ["step-00000001"]
+
+
 @pytest.mark.parametrize("resume", ["never", "elsewhere"])
 def test_an_earlier_runs_best_is_moved_by_a_run_that_does_not_go_on_from_it(
     tmp_path: Path, resume: str
@@ -404,7 +425,7 @@ def test_a_full_disk_is_said_by_whoever_writes(tmp_path: Path, small_files: int)
     for write in (write_tensors, lambda path, tensors: torch.save(tensors, path)):
         with pytest.raises(CheckpointError, match="could not be written: rank 0: "):
             save_checkpoint(Large(write), state_at(1), tmp_path, ALONE)
-    assert committed_paths(tmp_path) == []
+    assert list((tmp_path / FOLDER).iterdir()) == [], "a full disk gets its room back"
 
 
 @pytest.mark.parametrize("resaved", [False, True])

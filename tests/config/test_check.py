@@ -248,6 +248,8 @@ def test_a_run_where_its_checkpoint_is_meant_names_the_newest():
     Path("begun/checkpoints").mkdir(parents=True)
     with pytest.raises(ConfigError, match="is a run, and has no checkpoint"):
         load_config(None, [*BASE, "--checkpoint.resume", "begun"])
+    Path("begun").rename("auto")
+    load_config(None, [*BASE, "--checkpoint.resume", "auto"])  # the word, not a run of that name
 
 
 ADAPTER = {

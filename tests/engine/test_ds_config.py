@@ -6,13 +6,17 @@ import subprocess
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
 
 from burnish.config.raw_deepspeed import TUNABLE, misspelt_settings, refused_settings, unknown_settings
+from burnish.engine import ds_checkpoint
 from burnish.engine.ds_config import deepspeed_config
 from burnish.engine.ds_workarounds import add_without_copy, convert_to_universal, measure_by_rows
+from burnish.errors import CheckpointError
+from burnish.runtime import Ranks
 from rig.toy import toy_config
 
 
@@ -165,3 +169,28 @@ def test_a_conversion_that_failed_is_said(
     monkeypatch.setattr(subprocess, "run", lambda *_, **__: subprocess.CompletedProcess([], -9, "", stderr))
     failure = convert_to_universal(tmp_path / "shards", tmp_path / "converted" / "universal")
     assert failure is not None and said in failure
+
+
+def test_a_checkpoint_is_only_read_when_it_is_converted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may be another run's, lie on a disk that is read only, and be gone on from by others meanwhile."""
+
+    def convert(shards: Path, target: Path) -> str | None:
+        target.mkdir(parents=True)
+        return failure
+
+    monkeypatch.setattr(ds_checkpoint, "convert_to_universal", convert)
+    saved, run_dir = tmp_path / "other" / "checkpoints" / "step-00000002" / "engine", tmp_path / "run"
+    saved.mkdir(parents=True)
+    failure = None
+    with ds_checkpoint.as_universal(Mock(), saved, run_dir, Ranks(0, 0, 1)) as converted:
+        assert converted.is_relative_to(run_dir)
+        assert [path.name for path in saved.parent.parent.iterdir()] == ["step-00000002"]
+    failure = "the disk is full"
+    with (
+        pytest.raises(CheckpointError, match="disk is full"),
+        ds_checkpoint.as_universal(Mock(), saved, run_dir, Ranks(0, 0, 1)),
+    ):
+        pass
+    assert list((run_dir / "checkpoints").iterdir()) == []

@@ -126,6 +126,19 @@ def test_a_run_anew_sets_the_old_file_aside(tmp_path):
     assert (tmp_path / "metrics-1.jsonl").exists()
 
 
+def test_a_run_that_goes_on_from_anothers_checkpoint_sets_the_old_file_aside(tmp_path):
+    """What stands there is of another course, up to that step too."""
+    for event in ({}, {"kind": "resume", "step": 2, "from_own": False}):
+        out = writer(tmp_path)
+        if event:
+            out.event(event)
+        for step in (1, 2, 3):
+            out.train(replace(STEP, step=step))
+        out.close()
+    assert [x["kind"] for x in lines(tmp_path)] == ["resume", "train", "train", "train"]
+    assert (tmp_path / "metrics-1.jsonl").exists()
+
+
 def test_other_ranks_write_nothing(tmp_path):
     out = writer(tmp_path, ["tensorboard"], Ranks(1, 1, 2))
     out.train(STEP)

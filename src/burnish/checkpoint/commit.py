@@ -58,13 +58,18 @@ def save_checkpoint(engine: Engine, state: TrainState, run_dir: Path, ranks: Ran
     """
     final = checkpoint_path(run_dir, state.step)
     staging = final.parent / f"{STAGING_PREFIX}{final.name}"
-    _agree(lambda: _prepare_staging(staging) if ranks.is_main else None, ranks)
-    entries = _agree(lambda: _seal(_written(engine, staging / ENGINE_FOLDER, ranks), staging), ranks)
-    random_states = gather_objects(random_state(), ranks)
-    rng = {str(rank): value for rank, value in enumerate(random_states)}
-    state = replace(state, rng=rng, world_size=ranks.world_size)
-    sealed = [entry for rank_entries in entries for entry in rank_entries]
-    _agree(lambda: _commit(staging, final, sealed, state) if ranks.is_main else None, ranks)
+    try:
+        _agree(lambda: _prepare_staging(staging) if ranks.is_main else None, ranks)
+        entries = _agree(lambda: _seal(_written(engine, staging / ENGINE_FOLDER, ranks), staging), ranks)
+        random_states = gather_objects(random_state(), ranks)
+        rng = {str(rank): value for rank, value in enumerate(random_states)}
+        state = replace(state, rng=rng, world_size=ranks.world_size)
+        sealed = [entry for rank_entries in entries for entry in rank_entries]
+        _agree(lambda: _commit(staging, final, sealed, state) if ranks.is_main else None, ranks)
+    except CheckpointError:
+        if ranks.is_main:
+            shutil.rmtree(staging, ignore_errors=True)  # a full disk is to have its room back
+        raise
     barrier(ranks)
     return final
 

@@ -18,6 +18,7 @@ from burnish.checkpoint.manifest import (
     step_of,
     verify,
 )
+from burnish.checkpoint.retention import remove_leftovers
 from burnish.config.check import contradictions
 from burnish.config.schema import Config, ResumableChange
 from burnish.engine.base import Engine
@@ -86,7 +87,9 @@ def _candidates(run_dir: Path, resume: str) -> list[Path]:
         return []
     if resume in ("auto", "must"):
         return committed_paths(run_dir)
-    return [Path(resume)]
+    named = Path(resume)
+    # What lies around a checkpoint is found from its own place, not from that of a link to it.
+    return [named if step_of(named) is not None else named.resolve()]
 
 
 def _verify_together(path: Path, ranks: Ranks) -> list[str]:
@@ -116,7 +119,8 @@ def clear_the_way(run_dir: Path, chosen: Path | None, ranks: Ranks) -> None:
     Checkpoints newer than the chosen one (damaged, or of a course that is given up) go to
     `checkpoints/set-aside/`, so that no later resume mistakes them for this run's newest. A run that does
     not go on from this folder's checkpoints is another run: the `best/` it finds becomes `best-1/` (or the
-    next free number), as its own first best would take that place, however bad it is.
+    next free number), as its own first best would take that place, however bad it is. What a save that died
+    left is removed: it may be what fills the disk.
 
     Args:
         run_dir: The run's folder.
@@ -127,12 +131,22 @@ def clear_the_way(run_dir: Path, chosen: Path | None, ranks: Ranks) -> None:
         MachineError: Something cannot be moved.
     """
     if ranks.is_main:
+        own = None if chosen is None else _as_own(run_dir, chosen)
         # Resumed from elsewhere, what lies here is another course too.
-        is_here = chosen is not None and chosen.resolve().parent == (run_dir / FOLDER).resolve()
-        _set_aside_newer(run_dir, step_of(chosen) if chosen is not None and is_here else None)
-        if not is_here:
+        _set_aside_newer(run_dir, None if own is None else step_of(own))
+        if own is None:
             _set_best_aside(run_dir)
+        remove_leftovers(run_dir)
     barrier(ranks)
+
+
+def is_own(run_dir: Path, chosen: Path) -> bool:
+    """Whether a checkpoint is one of this folder's, by whatever path it was named."""
+    return _as_own(run_dir, chosen) is not None
+
+
+def _as_own(run_dir: Path, chosen: Path) -> Path | None:
+    return next((path for path in committed_paths(run_dir) if path.samefile(chosen)), None)
 
 
 def _set_aside_newer(run_dir: Path, chosen_step: int | None) -> None:

@@ -85,7 +85,7 @@ def prune(run_dir: Path, keep: int, protected: Collection[Path] = ()) -> list[Pa
     removed = [path for path in candidates if path.resolve() not in staying]
     for path in removed:
         _remove(path)
-    _remove_leftovers(run_dir / FOLDER)
+    remove_leftovers(run_dir)
     return removed
 
 
@@ -146,7 +146,9 @@ def _remove(path: Path) -> None:
         log.warning("Could not remove the old checkpoint %s: %s", path, error)
 
 
-def _remove_leftovers(folder: Path) -> None:
+def remove_leftovers(run_dir: Path) -> None:
+    """Remove what saves and removals that died left, as big as a checkpoint. By who has the run's lock."""
+    folder = run_dir / FOLDER
     for path in folder.iterdir() if folder.is_dir() else ():
         if path.name.startswith((STAGING_PREFIX, REPLACED_PREFIX, REMOVED_PREFIX)):
             shutil.rmtree(path, ignore_errors=True)

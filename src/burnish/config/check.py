@@ -358,10 +358,12 @@ def _check_training(config: Config) -> Iterator[Problem]:
 
 def _check_run(config: Config) -> Iterator[Problem]:
     resume = config.checkpoint.resume
-    if resume not in ("auto", "never", "must") and not Path(resume).is_dir():
+    if resume in ("auto", "never", "must"):  # a folder may be called so too
+        return
+    if not Path(resume).is_dir():
         cure = "Give auto, never, must, or the folder of a checkpoint."
         yield Problem("checkpoint.resume", f"there is no folder {resume}", cure)
-    elif Path(resume).is_dir() and not (Path(resume) / "MANIFEST.json").exists():
+    elif not (Path(resume) / "MANIFEST.json").exists():
         yield from _check_resumed_run(Path(resume))
 
 

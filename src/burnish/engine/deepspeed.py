@@ -173,6 +173,7 @@ class DeepSpeedEngine(Engine):
         self._ranks = ranks
         self._device = device
         self._clock = PhaseClock(device)
+        self._run_dir = Path(config.output_dir)
         self._stage = config.engine.zero_stage
         self._adapter_only = config.adapter is not None
         self._optimizer_name = config.optim.name
@@ -335,7 +336,7 @@ class DeepSpeedEngine(Engine):
             cure = f"Resume on {num_shards}: only adamw's state can be laid out for another number."
             raise CheckpointError(Problem("checkpoint.resume", what, cure))
         log.info("Converting %s from %s to %d.", folder, counted(num_shards, "rank"), self._ranks.world_size)
-        with as_universal(self._engine, folder, self._ranks) as converted:
+        with as_universal(self._engine, folder, self._run_dir, self._ranks) as converted:
             self._load(converted)
 
     def _load(self, folder: Path) -> None:

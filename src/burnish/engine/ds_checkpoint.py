@@ -62,21 +62,24 @@ def nothing_found(folder: Path) -> CheckpointError:
 
 
 @contextlib.contextmanager
-def as_universal(engine: Any, folder: Path, ranks: Ranks) -> Iterator[Path]:
+def as_universal(engine: Any, folder: Path, run_dir: Path, ranks: Ranks) -> Iterator[Path]:
     """While entered: a checkpoint's shards as a universal one, and an engine that loads one.
 
     Args:
         engine: DeepSpeed's.
-        folder: The checkpoint's; what is converted lies beside it until the end.
+        folder: The checkpoint's; only read, for it may be another run's, and others may go on from it too.
+        run_dir: This run's folder. What is converted lies among its checkpoints until the end.
         ranks: This process among the others.
 
     Raises:
         CheckpointError: The conversion failed.
     """
-    converted = folder.parent.with_name(f".staging-universal-{folder.parent.name}")
+    converted = run_dir / "checkpoints" / f".staging-universal-{folder.parent.name}"
     failure = convert_to_universal(folder / TAG, converted / TAG) if ranks.is_main else None
     failure = gather_objects(failure, ranks)[0]
     if failure is not None:
+        if ranks.is_main:
+            shutil.rmtree(converted, ignore_errors=True)  # a full disk is to have its room back
         cure = "Resume on as many ranks as saved it, or with more free disk space."
         raise CheckpointError(Problem(str(folder), f"could not be converted: {failure}", cure))
     engine._config.load_universal_checkpoint = True

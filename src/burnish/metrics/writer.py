@@ -25,8 +25,9 @@ class MetricsWriter:
 
     On other ranks than 0 it does nothing. The event `{"kind": "resume", "step": n}` cuts the file
     after step n, so that no step stands there twice (with `"eval_due": true` before n's
-    evaluation, which is still to come); without it an older run's file is set aside
-    as `metrics-1.jsonl` when the first line comes.
+    evaluation, which is still to come); without it, or with `"from_own": false` (from another
+    folder's checkpoint), an older run's file is set aside as `metrics-1.jsonl` when the first
+    line comes.
 
     Args:
         run_dir: The run's folder.
@@ -82,7 +83,8 @@ class MetricsWriter:
         if not self._is_main:
             return
         if event.get("kind") == "resume":
-            self._begin(int(event["step"]), bool(event.get("eval_due")))
+            own = bool(event.get("from_own", True))
+            self._begin(int(event["step"]), bool(event.get("eval_due")), own)
         if self._file is None:  # whether this run goes on or starts anew is not known yet
             self._early.append(event)
         else:
@@ -101,12 +103,12 @@ class MetricsWriter:
             with writing(self._run_dir / METRICS_NAME):  # tries again what a full disk did not take
                 self._file.close()
 
-    def _begin(self, resumed_step: int | None, eval_due: bool = False) -> None:
+    def _begin(self, resumed_step: int | None, eval_due: bool = False, own: bool = True) -> None:
         if self._file is not None:
             return
         self._run_dir.mkdir(parents=True, exist_ok=True)
         path = self._run_dir / METRICS_NAME
-        if resumed_step is not None:
+        if resumed_step is not None and own:
             cut_after(path, resumed_step, eval_due)
         elif path.exists() and path.stat().st_size > 0:
             path.replace(_free_name(path))

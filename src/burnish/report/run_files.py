@@ -9,6 +9,7 @@ from typing import Any
 
 from burnish.config.load import dump_config
 from burnish.config.schema import Config
+from burnish.durable import replace_text
 from burnish.errors import MachineError, Problem
 from burnish.plan import Plan
 from burnish.runtime import Ranks
@@ -26,9 +27,10 @@ def write_run_files(
         return
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
-        (run_dir / "config.yaml").write_text(dump_config(config), encoding="utf-8")
+        # A run that goes on reads what it was in the old ones: they are replaced whole.
+        replace_text(run_dir / "config.yaml", dump_config(config))
         for name, content in (("plan.json", plan.to_dict()), ("data_report.json", dict(data_report))):
-            (run_dir / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+            replace_text(run_dir / name, json.dumps(content, indent=2) + "\n")
     except OSError as error:
         raise MachineError(
             Problem("output_dir", f"{run_dir} cannot be written: {error}", "Choose another output_dir.")

@@ -10,7 +10,13 @@ from typing import Any, Protocol, runtime_checkable
 from burnish.checkpoint.commit import save_checkpoint
 from burnish.checkpoint.fingerprints import changed_settings
 from burnish.checkpoint.lock import only_run
-from burnish.checkpoint.resume import clear_the_way, find_checkpoint, load_checkpoint, package_versions
+from burnish.checkpoint.resume import (
+    clear_the_way,
+    find_checkpoint,
+    is_own,
+    load_checkpoint,
+    package_versions,
+)
 from burnish.checkpoint.retention import prune
 from burnish.config.schema import Config
 from burnish.data.store import ExampleStore
@@ -200,7 +206,8 @@ def _start_state(job: TrainJob, resumed_from: Path | None) -> TrainState:
         for line in changed_settings(resumed_from, job.config) if job.ranks.is_main else ():
             log.warning("%s", line)
         event = {"kind": "resume", "step": state.step, "path": str(resumed_from)}
-        job.recorder.event({**event, "eval_due": state.eval_due})
+        own = is_own(job.run_dir, resumed_from)
+        job.recorder.event({**event, "eval_due": state.eval_due, "from_own": own})
         return state
     # Ranks see different examples, so their dropout must differ too.
     seed_everything(job.config.train.seed + job.ranks.rank)
