@@ -4,13 +4,17 @@ import json
 
 import pytest
 import torch
-from tiny_models import build
+from tiny_models import build, make_documents
 from transformers import AutoConfig
 
+from breadth.batches import collate
 from burnish.config.check import check_config
-from burnish.config.schema import Config, ModelConfig
+from burnish.config.schema import AdapterConfig, Config, ModelConfig
 from burnish.config.stored_weights import cannot_train_stored
 from burnish.errors import ConfigError, MachineError
+from burnish.model.adapt import adapt
+from burnish.model.attention import can_isolate
+from burnish.model.forward import SupervisedModel, to_device
 from burnish.model.load import load_model
 
 
@@ -163,6 +167,30 @@ def test_what_is_loaded_from_fewer_bits_is_whole(folder):
     model = load(folder)
     assert not hasattr(model.config, "quantization_config")
     assert all(parameter.dtype == torch.float32 for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("sizes", [{"hidden_size": 64, "head_dim": 16, "intermediate_size": 128}, {}])
+def test_evaluation_leaves_a_base_in_4_bits_as_it_was(tmp_path, sizes):
+    """A CPU with AVX512-BF16 is needed to see what bitsandbytes does otherwise."""
+    pytest.importorskip("bitsandbytes")
+    build("llama", **sizes).save_pretrained(tmp_path)
+    base = load(tmp_path, param_dtype=torch.bfloat16, quantize="nf4", dtype="bf16")
+    model = adapt(base, AdapterConfig(rank=2, alpha=4, quantize="nf4"), "none")
+    capability = can_isolate(model)
+    supervised = SupervisedModel(model, capability)
+    batch = to_device(collate(make_documents(), capability.packed), torch.device("cpu"))
+
+    def gradients():
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            supervised.train()(batch).backward()
+        found = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+        model.zero_grad()
+        return found
+
+    before = gradients()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        supervised.eval()(batch, per_document=True)
+    assert before and all(torch.equal(a, b) for a, b in zip(before, gradients(), strict=True))
 
 
 def test_not_a_causal_language_model(folder, tmp_path):

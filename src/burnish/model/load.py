@@ -239,7 +239,23 @@ def _pretrained(
         raise ConfigError(Problem("engine.zero_stage", what, "Set engine.zero_stage: 2.")) from error
     built, report = loaded
     _check_report(model.path, report)
+    if quantize is not None:
+        _keep_differentiable(built)
     return built
+
+
+def _keep_differentiable(model: PreTrainedModel) -> None:
+    """Keep 4-bit layers in the form that has gradients.
+
+    Works around bitsandbytes 0.50 (`nn/modules.py`, `Linear4bit.forward`), which on a CPU with AVX512-BF16
+    lays weights out anew in the first evaluation and never back: what is trained after that gets no gradient
+    through them, silently, and widths that do not fit end in a RuntimeError. To be removed once it goes back.
+    """
+    from bitsandbytes.nn import Linear4bit
+
+    for module in model.modules():
+        if isinstance(module, Linear4bit):
+            module.support_avx512bf16_for_cpu = False
 
 
 def _forget_renamings(model: Any) -> None:
