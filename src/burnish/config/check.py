@@ -12,6 +12,7 @@ from burnish.config.adapter_file import recorded_base
 from burnish.config.raw_deepspeed import misspelt_settings, refused_settings
 from burnish.config.row_rules import misnamed_rules
 from burnish.config.schema import Config, SourceConfig
+from burnish.config.stored_weights import cannot_pack
 from burnish.durable import try_writing, unreadable_files
 from burnish.errors import ConfigError, MachineError, Problem
 
@@ -301,9 +302,7 @@ def _check_engine(config: Config) -> Iterator[Problem]:
     if adapter is not None and adapter.quantize is not None and engine.zero_stage == 3 and not local:
         cure = "Use engine.zero_stage: 2 with a quantised base, or leave adapter.quantize out."
         yield Problem("adapter.quantize", f"{adapter.quantize} does not work with engine.zero_stage 3", cure)
-    if adapter is not None and adapter.quantize is not None and adapter.kind == "pissa":
-        what = f"is {adapter.quantize}, but pissa begins with the base's own weights, which that packs"
-        yield Problem("adapter.quantize", what, "Leave it out, or use adapter.kind: lora.")
+    yield from cannot_pack(config)
     yield from _check_offloading(config)
     if engine.hpz_size > 1 and (engine.zero_stage != 3 or local):
         what = f"is {engine.hpz_size}, but weights are not sharded: it needs DeepSpeed's ZeRO 3"

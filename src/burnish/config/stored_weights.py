@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
+from burnish.config.schema import Config
 from burnish.errors import Problem
 
 UNPACKED = ("mxfp4", "fp8")
@@ -51,3 +52,16 @@ def cannot_train_stored(
     return Problem(
         "model.path", f"the checkpoint's weights are quantised ({method}): nothing trains them", _PLAIN
     )
+
+
+def cannot_pack(config: Config) -> Iterator[Problem]:
+    """Why `adapter.quantize` has no base to pack."""
+    if config.adapter is None or config.adapter.quantize is None:
+        return
+    how = config.adapter.quantize
+    if config.adapter.kind == "pissa":
+        what = f"is {how}, but pissa begins with the base's own weights, which that packs"
+        yield Problem("adapter.quantize", what, "Leave it out, or use adapter.kind: lora.")
+    if config.model.init == "random":
+        what = f"{how} with model.init: random"
+        yield Problem("adapter.quantize", what, "Quantise a pretrained model, or leave adapter.quantize out.")

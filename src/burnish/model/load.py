@@ -251,7 +251,7 @@ def _keep_differentiable(model: PreTrainedModel) -> None:
     lays weights out anew in the first evaluation and never back: what is trained after that gets no gradient
     through them, silently, and widths that do not fit end in a RuntimeError. To be removed once it goes back.
     """
-    from bitsandbytes.nn import Linear4bit
+    from bitsandbytes.nn.modules import Linear4bit
 
     for module in model.modules():
         if isinstance(module, Linear4bit):
