@@ -295,6 +295,7 @@ def test_suggestions_make_it_fit(world_size, memory_gb, adapter) -> None:
     [
         {"model": {"path": "m", "compile": True}},
         {"model": {"path": "m", "pad_vocab_multiple": 64}},
+        {"model": {"path": "m", "init": "random"}},
         {"optim": {"name": "muon"}},
         {"engine": {"zero_stage": 0}},
         {"optim": {"name": "adafactor"}, "engine": {"zero_stage": 0}},

@@ -10,6 +10,7 @@ from typing import Any
 
 from burnish.config.plan_options import PlanOptions
 from burnish.config.schema import Config
+from burnish.config.stored_weights import cannot_train_stored
 from burnish.errors import ConfigError, DataError, Problem, counted
 from burnish.plan import (
     DEVICES,
@@ -87,6 +88,7 @@ def plan_run(config: Config, options: PlanOptions = HERE) -> Plan:
     tokenizer, template = load_tokenizer(config.model, config.data)
     shape = _grown_shape(config, tokenizer)
     data = prepare(config, tokenizer, template)
+    _require_stored(config)
     _require_parts(config)
     on_gpus = device is not None or options.gpus is not None or num_gpus_here() > 0
     kind = "cuda" if on_gpus else "cpu"
@@ -159,12 +161,20 @@ def _model_problems(config: Config) -> list[Problem]:
     For the usual families config.json is enough, unless the config names parts of the model.
     """
     problems: list[Problem] = []
-    for look in (_require_positions, _require_sharing, _require_parts):
+    for look in (_require_stored, _require_positions, _require_sharing, _require_parts):
         try:
             look(config)
         except ConfigError as error:
             problems += error.problems
     return list(dict.fromkeys(problems))  # two trials of the model may find the same
+
+
+def _require_stored(config: Config) -> None:
+    """Refuse weights that are stored as nobody trains them, as `train` will."""
+    quantize = None if config.adapter is None else config.adapter.quantize
+    problem = cannot_train_stored(_model_config(config), config.model.init, quantize)
+    if problem is not None:
+        raise ConfigError(problem)
 
 
 def _require_positions(config: Config) -> None:

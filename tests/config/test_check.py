@@ -30,6 +30,7 @@ def folder(tmp_path, monkeypatch):
     [
         ("--adapter.quantize nf4 --engine.zero_stage 3", "adapter.quantize", "zero_stage 3"),
         ("--adapter.quantize nf4 --adapter.kind pissa", "adapter.quantize", "own weights"),
+        ("--adapter.quantize nf4 --model.init random", "adapter.quantize", "model.init: random"),
         ("--engine.offload_params cpu", "engine.offload_params", "ZeRO 3"),
         ("--engine.offload_optimizer cpu --engine.zero_stage 0", "engine.offload_optimizer", "ZeRO 1"),
         ("--engine.kind local --engine.offload_optimizer cpu", "engine.offload_optimizer", "local"),

@@ -116,3 +116,15 @@ def test_autocast_runs_in_bf16_and_keeps_dtypes():
     assert weight.grad.dtype == hidden.grad.dtype == torch.float32
     assert loss.item() != exact.item()
     torch.testing.assert_close(loss, exact, rtol=2e-2, atol=0)
+
+
+def test_fp16_sums_over_many_targets_stay_in_range():
+    """The head's gradient is divided by the window's weight in the backward: until then it may be large."""
+    hidden = torch.full((16_384, 8), 5.0, dtype=torch.float16, requires_grad=True)
+    weight = torch.zeros(11, 8, dtype=torch.float16, requires_grad=True)
+    targets, weights = torch.full((16_384,), 3), torch.ones(16_384)
+    (supervised_loss(hidden, weight, None, targets, weights, HeadShape()) / 16_384).backward()
+    assert weight.grad is not None and weight.grad.dtype == torch.float16
+    expected = torch.full((11, 8), 5 / 11)
+    expected[3] -= 5
+    torch.testing.assert_close(weight.grad.float(), expected, rtol=2e-3, atol=2e-3)

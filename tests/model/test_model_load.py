@@ -4,11 +4,17 @@ import json
 
 import pytest
 import torch
-from tiny_models import build
+from tiny_models import build, make_documents
 from transformers import AutoConfig
 
-from burnish.config.schema import ModelConfig
+from breadth.batches import collate
+from burnish.config.check import check_config
+from burnish.config.schema import AdapterConfig, Config, ModelConfig
+from burnish.config.stored_weights import cannot_train_stored
 from burnish.errors import ConfigError, MachineError
+from burnish.model.adapt import adapt
+from burnish.model.attention import can_isolate
+from burnish.model.forward import SupervisedModel, to_device
 from burnish.model.load import load_model
 
 
@@ -99,6 +105,92 @@ def test_pickle_only_and_empty_folders_are_refused(folder):
     (folder / "pytorch_model.bin").unlink()
     with pytest.raises(ConfigError, match="init: random"):
         load(folder)
+
+
+@pytest.mark.parametrize("content", [b"", b"version https://git-lfs.github.com/spec/v1", None])
+def test_a_file_of_weights_that_is_not_whole(folder, content):
+    file = folder / "model.safetensors"
+    whole = file.read_bytes()
+    file.write_bytes(whole[: len(whole) // 2] if content is None else content)
+    with pytest.raises(MachineError, match="is not whole"):
+        load(folder)
+
+
+def test_an_adapter_in_the_models_folder_is_refused(folder):
+    """transformers would load both as one model, without a weight to train."""
+    (folder / "adapter_config.json").write_text("{}")
+
+    def problems(**model):
+        raw = {"model": {"path": str(folder), **model}, "data": {"train": __file__}, "output_dir": "runs/x"}
+        return [str(problem) for problem in check_config(Config.model_validate(raw))]
+
+    assert "an adapter beside the model" in "".join(problems())
+    assert problems(init="random") == []
+    (folder / "model.safetensors").rename(folder / "adapter_model.safetensors")
+    assert "is an adapter, not a model" in "".join(problems())
+
+
+FP4 = {"quant_method": "mxfp4"}
+NF4 = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+
+
+@pytest.mark.parametrize(
+    ("packing", "init", "quantize", "problem"),
+    [
+        (None, "pretrained", "nf4", None),
+        (FP4, "pretrained", None, None),
+        (FP4, "pretrained", "nf4", "Leave it out"),
+        (NF4, "pretrained", "nf4", None),
+        (NF4, "pretrained", None, "adapter.quantize: nf4"),
+        (NF4 | {"load_in_4bit": False, "load_in_8bit": True}, "pretrained", "nf4", "bitsandbytes"),
+        ({"quant_method": "gptq", "bits": 4}, "pretrained", None, "gptq"),
+        ({"quant_method": "gptq", "bits": 4}, "random", None, None),
+    ],
+)
+def test_weights_that_are_stored_in_fewer_bits(packing, init, quantize, problem):
+    for values in ({"quantization_config": packing}, {"text_config": {"quantization_config": packing}}):
+        found = cannot_train_stored(values, init, quantize)
+        assert (found is None) if problem is None else problem in str(found)
+
+
+def test_what_is_loaded_from_fewer_bits_is_whole(folder):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(
+        json.dumps(config | {"quantization_config": {"quant_method": "gptq"}})
+    )
+    with pytest.raises(ConfigError, match="gptq"):
+        load(folder)
+    # Of fresh weights a config.json must not say that they are packed: nobody could load them.
+    assert not hasattr(load(folder, init="random").config, "quantization_config")
+    fp8 = {"quant_method": "fp8", "modules_to_not_convert": ["model", "lm_head"]}
+    (folder / "config.json").write_text(json.dumps(config | {"quantization_config": fp8}))
+    model = load(folder)
+    assert not hasattr(model.config, "quantization_config")
+    assert all(parameter.dtype == torch.float32 for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("sizes", [{"hidden_size": 64, "head_dim": 16, "intermediate_size": 128}, {}])
+def test_evaluation_leaves_a_base_in_4_bits_as_it_was(tmp_path, sizes):
+    """A CPU with AVX512-BF16 is needed to see what bitsandbytes does otherwise."""
+    pytest.importorskip("bitsandbytes")
+    build("llama", **sizes).save_pretrained(tmp_path)
+    base = load(tmp_path, param_dtype=torch.bfloat16, quantize="nf4", dtype="bf16")
+    model = adapt(base, AdapterConfig(rank=2, alpha=4, quantize="nf4"), "none")
+    capability = can_isolate(model)
+    supervised = SupervisedModel(model, capability)
+    batch = to_device(collate(make_documents(), capability.packed), torch.device("cpu"))
+
+    def gradients():
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            supervised.train()(batch).backward()
+        found = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+        model.zero_grad()
+        return found
+
+    before = gradients()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        supervised.eval()(batch, per_document=True)
+    assert before and all(torch.equal(a, b) for a, b in zip(before, gradients(), strict=True))
 
 
 def test_not_a_causal_language_model(folder, tmp_path):

@@ -13,6 +13,7 @@ from burnish.config.layout import OWN_ATTENTION, refused_layout
 from burnish.config.raw_deepspeed import misspelt_settings, refused_settings
 from burnish.config.row_rules import misnamed_rules
 from burnish.config.schema import Config, SourceConfig
+from burnish.config.stored_weights import cannot_pack
 from burnish.durable import try_writing, unreadable_files
 from burnish.errors import ConfigError, MachineError, Problem
 
@@ -73,7 +74,7 @@ def _check_model(config: Config) -> Iterator[Problem]:
     if not model.path.strip():
         yield Problem("model.path", "is empty", "Give a hub name or a folder.")
     elif folder.is_dir():
-        yield from _check_model_folder(folder)
+        yield from _check_model_folder(folder, model.init == "pretrained")
     elif folder.is_file():
         yield Problem("model.path", f"{model.path} is a file", "Give the folder that holds config.json.")
     elif not _HUB_NAME.fullmatch(model.path):
@@ -115,11 +116,16 @@ def _check_compile(config: Config) -> Iterator[Problem]:
         yield Problem("model.compile", what, "Set engine.zero_stage: 2, or leave model.compile out.")
 
 
-def _check_model_folder(folder: Path) -> Iterator[Problem]:
+def _check_model_folder(folder: Path, reads_weights: bool) -> Iterator[Problem]:
     yield from unreadable_model(folder)
-    if (folder / "config.json").is_file():
+    has_config, has_adapter = ((folder / f"{n}config.json").is_file() for n in ("", "adapter_"))
+    others = any(not path.name.startswith("adapter_model") for path in folder.glob("*.safetensors"))
+    if has_config and has_adapter and others and reads_weights:  # both would be loaded as one, and frozen
+        cure = "Move adapter_config.json and adapter_model.safetensors to a folder of their own."
+        yield Problem("model.path", f"{folder} holds an adapter beside the model", cure)
+    if has_config and (others or not has_adapter or not reads_weights):
         return
-    if (folder / "adapter_config.json").is_file():
+    if has_adapter:
         base = recorded_base(folder) or "its base"
         cure = (
             f"To go on training it: adapter.path: {folder} and model.path: {base}. "
@@ -298,9 +304,7 @@ def _check_engine(config: Config) -> Iterator[Problem]:
     if adapter is not None and adapter.quantize is not None and engine.zero_stage == 3 and not local:
         cure = "Use engine.zero_stage: 2 with a quantised base, or leave adapter.quantize out."
         yield Problem("adapter.quantize", f"{adapter.quantize} does not work with engine.zero_stage 3", cure)
-    if adapter is not None and adapter.quantize is not None and adapter.kind == "pissa":
-        what = f"is {adapter.quantize}, but pissa begins with the base's own weights, which that packs"
-        yield Problem("adapter.quantize", what, "Leave it out, or use adapter.kind: lora.")
+    yield from cannot_pack(config)
     yield from _check_offloading(config)
     if engine.hpz_size > 1 and (engine.zero_stage != 3 or local):
         what = f"is {engine.hpz_size}, but weights are not sharded: it needs DeepSpeed's ZeRO 3"

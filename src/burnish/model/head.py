@@ -176,6 +176,14 @@ def _add(total: torch.Tensor, part: torch.Tensor, first: bool) -> None:
         total.add_(part)
 
 
+def _kept(total: torch.Tensor | None, parameter: torch.Tensor | None) -> torch.Tensor | None:
+    """A parameter's gradient as it waits for the backward, in its dtype. Not in fp16: before it is
+    divided by the window's weight, a sum over thousands of targets may be beyond range at any scale."""
+    if total is None or parameter is None or parameter.dtype == torch.float16:
+        return total
+    return total.to(parameter.dtype)
+
+
 class _SupervisedLoss(torch.autograd.Function):
     @staticmethod
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -213,11 +221,8 @@ class _SupervisedLoss(torch.autograd.Function):
                 del gradient  # before the next chunk's logits take as much again
         if d_weight is not None and num_targets == 0:
             d_weight.zero_()
-        ctx.gradients = (
-            d_hidden,
-            None if d_weight is None else d_weight.to(weight.dtype),
-            None if d_bias is None or bias is None else d_bias.to(bias.dtype),
-        )
+        ctx.dtypes = hidden.dtype, weight.dtype, None if bias is None else bias.dtype
+        ctx.gradients = d_hidden, _kept(d_weight, weight), _kept(d_bias, bias)
         # fp64 for one number: the sum over a window's tokens must not depend on how it was cut.
         return (nll.double() * weights.double()).sum().float()
 
@@ -228,5 +233,6 @@ class _SupervisedLoss(torch.autograd.Function):
         if gradients is None:
             raise RuntimeError("the supervised loss can be differentiated only once")
         # In place: a second matrix of the head's size would be the peak of the step.
-        scaled = tuple(None if g is None else g.mul_(grad) for g in gradients)
-        return *scaled, None, None, None, None
+        scaled = (None if g is None else g.mul_(grad) for g in gradients)
+        inputs = zip(scaled, ctx.dtypes, strict=True)
+        return *(None if g is None else g.to(dtype) for g, dtype in inputs), None, None, None, None

@@ -8,12 +8,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from burnish.config.check import unreadable_model
 from burnish.config.packages import require_package
 from burnish.config.schema import ModelConfig
+from burnish.config.stored_weights import UNPACKED, cannot_train_stored, packing_of
 from burnish.errors import ConfigError, MachineError, Problem, first_few
 from burnish.hub import not_loaded, only_cached
 from burnish.model.vision import architecture_of, freeze_vision, loader_of
@@ -47,10 +49,11 @@ def load_model(
         vocabulary: What the tokenizer asks of the embedding; None for no more than there is.
 
     Raises:
-        ConfigError: The model does not exist, or is not a causal language model.
+        ConfigError: The model does not exist, is no causal language model, or is stored as nobody trains it.
         MachineError: Weights are missing, left over, or of another shape; a package is missing.
     """
     config = load_model_config(model)
+    _settle_packing(config, model, quantize)
     vocabulary = vocabulary or Vocabulary()
     if model.init == "random":
         if quantize is not None:
@@ -178,6 +181,21 @@ def _check_weight_files(path: str) -> None:
     )
 
 
+def _settle_packing(config: Any, model: ModelConfig, quantize: Literal["nf4"] | None) -> None:
+    """Have weights that are stored in fewer bits turned back; fresh ones have no such form to tell of."""
+    values = config.to_dict()
+    problem = cannot_train_stored(values, model.init, quantize)
+    if problem is not None:
+        raise ConfigError(problem)
+    packing = packing_of(values)
+    holder = config if values.get("quantization_config") else config.get_text_config(decoder=True)
+    if packing is not None and model.init == "random":
+        del holder.quantization_config
+    elif packing is not None and packing.get("quant_method") in UNPACKED:
+        # transformers does so by itself only where the kernels for them are not there.
+        holder.quantization_config = {**packing, "dequantize": True}
+
+
 def _pretrained(
     model: ModelConfig, config: Any, dtype: torch.dtype, quantize: Literal["nf4"] | None
 ) -> PreTrainedModel:
@@ -199,6 +217,9 @@ def _pretrained(
         )
     except OSError as error:
         raise ConfigError(not_loaded("model.path", model.path, "model", error, "Check the path.")) from error
+    except SafetensorError as error:  # cut off, empty, or git-lfs's pointer instead of the file
+        what = f"{model.path}: a file of weights is not whole: {error}"
+        raise MachineError(Problem("model.path", what, "Copy or download the folder again.")) from error
     except RuntimeError as error:
         # Under ZeRO-3 a shape that does not fit is raised in spite of the request above.
         if "size mismatch" not in str(error):
@@ -216,7 +237,23 @@ def _pretrained(
         raise ConfigError(Problem("engine.zero_stage", what, "Set engine.zero_stage: 2.")) from error
     built, report = loaded
     _check_report(model.path, report)
+    if quantize is not None:
+        _keep_differentiable(built)
     return built
+
+
+def _keep_differentiable(model: PreTrainedModel) -> None:
+    """Keep 4-bit layers in the form that has gradients.
+
+    Works around bitsandbytes 0.50 (`nn/modules.py`, `Linear4bit.forward`), which on a CPU with AVX512-BF16
+    lays weights out anew in the first evaluation and never back: what is trained after that gets no gradient
+    through them, silently, and widths that do not fit end in a RuntimeError. To be removed once it goes back.
+    """
+    from bitsandbytes.nn.modules import Linear4bit
+
+    for module in model.modules():
+        if isinstance(module, Linear4bit):
+            module.support_avx512bf16_for_cpu = False
 
 
 def _forget_renamings(model: Any) -> None:
