@@ -358,9 +358,9 @@ def _check_training(config: Config) -> Iterator[Problem]:
 
 def _check_run(config: Config) -> Iterator[Problem]:
     resume = config.checkpoint.resume
-    if resume not in ("auto", "never", "must") and not Path(resume).is_dir():
+    if resume not in ("auto", "never", "must") and not (resume.strip() and Path(resume).is_dir()):
         cure = "Give auto, never, must, or the folder of a checkpoint."
-        yield Problem("checkpoint.resume", f"there is no folder {resume}", cure)
+        yield Problem("checkpoint.resume", f"there is no folder {resume!r}", cure)
     elif Path(resume).is_dir() and not (Path(resume) / "MANIFEST.json").exists():
         yield from _check_resumed_run(Path(resume))
 
