@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
@@ -218,6 +219,8 @@ def _pretrained(
         raise ConfigError(Problem("engine.zero_stage", what, "Set engine.zero_stage: 2.")) from error
     built, report = loaded
     _check_report(model.path, report)
+    if quantize == "nf4":
+        _keep_layout_of_training(built)
     return built
 
 
@@ -230,6 +233,20 @@ def _forget_renamings(model: Any) -> None:
     notes those that were used; to be removed once the other does.
     """
     model._weight_conversions = None
+
+
+def _keep_layout_of_training(model: nn.Module) -> None:
+    """Let 4-bit layers compute in evaluation as they do in training.
+
+    Works around bitsandbytes 0.50 (`nn/modules.py`, `Linear4bit.forward`): on a CPU with AVX512-BF16 a layer
+    that is called without gradients lays its weight out anew for a kernel that has no backward, and goes on
+    with that one when training does: after an evaluation no gradient passed through such a layer any more,
+    and nothing said so. Layers whose width is no multiple of 64 it could not lay out at all. To be removed
+    once it lays them back in training.
+    """
+    for module in model.modules():
+        if type(module).__name__ == "Linear4bit":
+            module.support_avx512bf16_for_cpu = False  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def _nf4(compute_dtype: torch.dtype) -> Any:
