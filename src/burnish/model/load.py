@@ -246,7 +246,8 @@ def _keep_layout_of_training(model: nn.Module) -> None:
     """
     for module in model.modules():
         if type(module).__name__ == "Linear4bit":
-            module.support_avx512bf16_for_cpu = False  # pyright: ignore[reportAttributeAccessIssue]
+            layer: Any = module
+            layer.support_avx512bf16_for_cpu = False
 
 
 def _nf4(compute_dtype: torch.dtype) -> Any:
