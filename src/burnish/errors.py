@@ -155,6 +155,8 @@ def machine_limits(verb: str) -> Iterator[None]:
     """Memory or disk that runs out anywhere in the block is no bug: an error of the machine, with a cure.
     Nor is it one of this rank that another one has gone.
 
+    Nor is a name that no file can have: what somebody gave for a path is something else.
+
     Imports nothing: torch's own errors are only looked for where torch has been loaded.
 
     Args:
@@ -162,6 +164,7 @@ def machine_limits(verb: str) -> Iterator[None]:
 
     Raises:
         MachineError: No memory on the GPU or the host, or no disk space, or a disk that fails.
+        ConfigError: A name is longer than a file's may be.
         LostRankError: A collective ended because another rank did.
     """
     try:
@@ -177,6 +180,11 @@ def machine_limits(verb: str) -> Iterator[None]:
         raise MachineError(Problem("out of memory", what, _more_memory(verb))) from error
     except OSError as error:
         where = str(error.filename or "disk")
+        if error.errno == errno.ENAMETOOLONG:
+            cure = "A path is wanted here. Look at what was given for one."
+            raise ConfigError(
+                Problem(f"{where[:80]}…", "is longer than a file's name may be", cure)
+            ) from error
         if error.errno in _DISK_FAILS:
             what = f"cannot be read or written: {error.strerror}"
             raise MachineError(Problem(where, what, "The disk or its server fails: mend that.")) from error

@@ -101,6 +101,9 @@ def test_schema_is_json(capsys):
     assert json.loads(capsys.readouterr().out)["properties"]["model"]
 
 
+REST = ["--model.path", "a/b", "--output_dir", "out"]
+
+
 @pytest.mark.parametrize(
     ("argv", "code", "message"),
     [
@@ -123,6 +126,9 @@ def test_schema_is_json(capsys):
         (["chat", "some/model", "--max-tokens", "0"], 2, "--max-tokens: is 0\n    Give at least 1."),
         (["chat", "some/model", "--max-tokens=-5"], 2, "--max-tokens: is -5"),
         (["doctor", "--ranks", "0"], 2, "--ranks: is 0"),
+        (["train", "--data.train", "x" * 300, *REST], 2, "longer than a file's name may be"),
+        (["train", "--adapter.path", "x" * 300, "--data.train", "d", *REST], 2, "longer than a file's name"),
+        (["report", "x" * 300], 2, "longer than a file's name may be"),
     ],
 )
 def test_user_errors_are_one_message(argv, code, message, capsys):

@@ -106,6 +106,7 @@ def folder(tmp_path, monkeypatch):
         ("--model.trust_remote_code true", "model.trust_remote_code", "Pin"),
         ("--adapter.targets []", "adapter.targets", "empty"),
         ("--checkpoint.resume runs/b/checkpoints/step-1", "checkpoint.resume", "no folder"),
+        ("--checkpoint.resume=", "checkpoint.resume", "no folder ''"),
         ("--output_dir .", "output_dir", "own"),
         ("--output_dir /", "output_dir", "own"),
         ("--output_dir rows.jsonl", "output_dir", "is a file"),

@@ -122,6 +122,16 @@ output_dir: runs/a
     assert len(found) == 21
 
 
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("optim.betas", "[1, 0.9]"), ("optim.betas", "[0.9, 1]"), ("launch.hang_timeout_seconds", "1e10")],
+)
+def test_a_value_that_torch_or_the_clock_would_choke_on_is_an_error_of_its_key(key, value):
+    with pytest.raises(ConfigError) as caught:
+        load_config(None, [f"--{key}", value])
+    assert any(problem.where.startswith(key) for problem in caught.value.problems)
+
+
 def test_a_flag_that_cannot_be_read_says_how_to_write_it():
     with pytest.raises(ConfigError) as caught:
         load_config(None, ["--data.train", "[a.jsonl"])

@@ -197,11 +197,12 @@ def test_a_fresh_base_of_another_seed_is_not_taken_for_ones_own(tmp_path, tokeni
     assert found == ["base", "base-2", "base-2", "base"]
 
 
-def test_pissa_comes_out_as_a_lora_of_the_published_base(tmp_path, tokenizer):
+@pytest.mark.parametrize("targets", ["all-linear", ["embed_tokens", "q_proj"]])
+def test_pissa_comes_out_as_a_lora_of_the_published_base(targets, tmp_path, tokenizer):
     config = config_for(tmp_path, "--adapter.rank", "2", "--adapter.kind", "pissa", "--model.dtype", "fp32")
     base = AutoModelForCausalLM.from_pretrained(config.model.path)
     lora = LoraConfig(
-        r=2, lora_alpha=3, target_modules="all-linear", task_type="CAUSAL_LM", init_lora_weights="pissa"
+        r=2, lora_alpha=3, target_modules=targets, task_type="CAUSAL_LM", init_lora_weights="pissa"
     )
     model = get_peft_model(base, lora)
     start = {n: t.clone() for n, t in model.state_dict().items() if "lora_" in n}

@@ -92,7 +92,7 @@ def test_what_only_a_look_at_the_model_tells_is_told_before_its_weights_are_read
     assert told(config(tmp_path, "mixtral", train={"router_aux_loss": "auto"})) == ""
 
 
-@pytest.mark.parametrize("adapter", [{"kind": "dora"}, {"dropout": 0.1}])
+@pytest.mark.parametrize("adapter", [{"kind": "dora"}, {"kind": "pissa"}, {"dropout": 0.1}])
 def test_an_adapter_that_fused_experts_cannot_have_is_told_as_train_tells_it(adapter, tmp_path) -> None:
     assert told(config(tmp_path, "mixtral", adapter=adapter)) == refused(
         "mixtral", AdapterConfig.model_validate(adapter), ()

@@ -210,6 +210,19 @@ def test_not_a_causal_language_model(folder, tmp_path):
         load(folder)
 
 
+def test_gradients_pass_through_a_base_in_4_bits_after_an_evaluation(folder, monkeypatch):
+    pytest.importorskip("bitsandbytes")
+    # Any CPU stands for one with AVX512-BF16; whose layout it would be is not asked for again.
+    monkeypatch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: True)
+    layer = load(folder, quantize="nf4").model.layers[0].mlp.up_proj
+    width = layer.in_features
+    with torch.no_grad():
+        layer.eval()(torch.ones(1, width))
+    hidden = torch.ones(1, width, requires_grad=True)
+    layer.train()(hidden).sum().backward()
+    assert hidden.grad is not None and hidden.grad.abs().sum() > 0
+
+
 def test_quantising_needs_weights_and_the_package(folder, monkeypatch):
     with pytest.raises(ConfigError, match="nf4"):
         load(folder, init="random", quantize="nf4")

@@ -364,9 +364,9 @@ def _check_run(config: Config) -> Iterator[Problem]:
     resume = config.checkpoint.resume
     if resume in ("auto", "never", "must"):  # a folder may be called so too
         return
-    if not Path(resume).is_dir():
+    if not (resume.strip() and Path(resume).is_dir()):
         cure = "Give auto, never, must, or the folder of a checkpoint."
-        yield Problem("checkpoint.resume", f"there is no folder {resume}", cure)
+        yield Problem("checkpoint.resume", f"there is no folder {resume!r}", cure)
     elif not (Path(resume) / "MANIFEST.json").exists():
         yield from _check_resumed_run(Path(resume))
 

@@ -14,6 +14,7 @@ Auto = Literal["auto"]
 # Sizes and counts stay far inside what arrays hold: a slip of the keyboard is an error of its key.
 PositiveInt = Annotated[int, Field(gt=0, le=10**9)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+Part = Annotated[float, Field(ge=0.0, lt=1.0)]  # where all of it would leave nothing, or divide by it
 MAX_EPOCHS = 100_000
 """Passes over the data that are planned, one by one, before anything runs."""
 
@@ -67,7 +68,7 @@ class AdapterConfig(_Section):
     """Rank of the update."""
     alpha: Annotated[float, Field(gt=0)] = 128
     """Scale of the update: alpha / rank (alpha / sqrt(rank) for rslora)."""
-    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    dropout: Part = 0.0
     """Dropout in front of the adapter."""
     targets: Literal["all-linear"] | tuple[str, ...] = "all-linear"
     """all-linear (every linear layer but the head), or a list of module names."""
@@ -112,7 +113,7 @@ class DataConfig(_Section):
     """One path, a list of paths, or a list of sources."""
     eval: Sources | None = None
     """Held-out data, given as train is."""
-    eval_fraction: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    eval_fraction: Part = 0.0
     """Hold out this share of train for evaluation."""
     mix: Literal["concat", "weighted"] = "concat"
     """concat takes every row once an epoch; weighted gives each source its share."""
@@ -164,7 +165,7 @@ class OptimConfig(_Section):
     """Peak learning rate."""
     group_lr: dict[str, Annotated[float, Field(gt=0)]] = Field(default_factory=dict)
     """Factors on the rate by part, named as in model.freeze: {embed_tokens: 0.1}, {lora_B: 16} (LoRA+)."""
-    betas: tuple[Fraction, Fraction] = (0.9, 0.95)
+    betas: tuple[Part, Part] = (0.9, 0.95)
     """Decay of the running mean and of the running square."""
     eps: Annotated[float, Field(gt=0)] = 1e-8
     """Added to the denominator."""
@@ -198,7 +199,7 @@ class TrainConfig(_Section):
     """Of the order of the examples, fresh weights and dropout."""
     max_skipped_steps: PositiveInt = 3
     """Stop (exit code 5) when this many steps in a row had gradients that are not finite."""
-    label_smoothing: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    label_smoothing: Part = 0.0
     """Share of each target that is spread evenly over the vocabulary."""
     z_loss: Annotated[float, Field(ge=0.0)] = 0.0
     """Factor of log(sum(exp(logits)))^2, which keeps logits small; 1e-4 is usual."""
@@ -250,7 +251,7 @@ class LaunchConfig(_Section):
 
     num_processes: PositiveInt | Auto = "auto"
     """auto: one per GPU, one on a machine without."""
-    hang_timeout_seconds: Annotated[float, Field(gt=0)] | None = 600.0
+    hang_timeout_seconds: Annotated[float, Field(gt=0, le=10**9)] | None = 600.0
     """End the run (exit code 75, stacks saved) when a rank makes no progress for so long; null never."""
 
 

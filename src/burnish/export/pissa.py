@@ -5,6 +5,8 @@ it and into the adapter: `W = W' + s B0 A0`. What is trained is `W' + s B A`, so
 wrong on the published `W`. As `W' + s B A = W + s (B A - B0 A0)`, it is a LoRA of twice the rank:
 
     A_lora = [A; A0]    B_lora = [B, -B0]    the same scale s
+
+Embeddings begin as with LoRA, nothing taken out: their `B0 A0` is 0, and the same holds of them.
 """
 
 from __future__ import annotations
@@ -21,14 +23,15 @@ def as_lora(
     """The adapter's weights, each pair of twice the rank.
 
     Args:
-        trained: `lora_A` of `[rank, in]` and `lora_B` of `[out, rank]`, by the model's names.
+        trained: `lora_A` of `[rank, in]` and `lora_B` of `[out, rank]`, by the model's names; those of
+            embeddings are called `lora_embedding_A` and `lora_embedding_B`.
         initial: The same before the first step.
     """
     joined: dict[str, torch.Tensor] = {}
     for name, weight in trained.items():
-        if "lora_A" in name:
+        if "lora_A" in name or "lora_embedding_A" in name:
             joined[name] = torch.cat([weight, initial[name]], dim=0)
-        elif "lora_B" in name:
+        elif "lora_B" in name or "lora_embedding_B" in name:
             joined[name] = torch.cat([weight, -initial[name]], dim=1)
         else:
             joined[name] = weight

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.layer import ParamWrapper
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -101,6 +102,8 @@ def require_names(model: PreTrainedModel, adapter: AdapterConfig | None, freeze:
         kind = "lora" if adapter.kind == "pissa" else adapter.kind
         rank = 1 if adapter.path is None else adapter.rank
         adapted = _adapted(model, adapter.model_copy(update={"rank": rank, "kind": kind}))
+        if adapter.kind == "pissa" and any(isinstance(module, ParamWrapper) for module in adapted.modules()):
+            raise _no_pissa_of_experts()
         if adapter.path is not None:
             assert isinstance(adapted, PeftModel)
             require_fit(adapted, adapter)
@@ -147,6 +150,16 @@ def _adapted(model: PreTrainedModel, adapter: AdapterConfig) -> nn.Module:
         of_dropout = adapter.dropout > 0 and "lora_dropout" in str(error)
         cure = "Set adapter.dropout to 0." if of_dropout else "Name other layers, or all-linear."
         raise ConfigError(Problem("adapter.targets", what, cure)) from error
+    except AttributeError as error:  # peft looks for a weight of the module that holds fused experts
+        if adapter.kind != "pissa":
+            raise
+        raise _no_pissa_of_experts() from error
+
+
+def _no_pissa_of_experts() -> ConfigError:
+    """peft adapts the fused experts of some mixtures by itself, and can take nothing out of them."""
+    what = "is pissa, which an adapter on fused experts cannot be"
+    return ConfigError(Problem("adapter.kind", what, "Set it to lora or rslora, or name other layers."))
 
 
 def _lora_config(model: PreTrainedModel, adapter: AdapterConfig) -> LoraConfig:
