@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from burnish.config.adapter_file import tokenizer_place
 from burnish.config.check import check_source, require_model
 from burnish.config.load import load_config
 from burnish.config.schema import Config, SourceConfig
@@ -196,7 +197,9 @@ def _config_of_model(path: str, flags: list[str], data: Sequence[str], scratch: 
     config = load_config(
         None, ["--model.path", "a/b", "--data.train", sources, f"--output_dir={scratch}/run", *flags]
     )
-    return config.model_copy(update={"model": config.model.model_copy(update={"path": path})})
+    tokenizer = config.model.tokenizer or tokenizer_place(path)
+    changed = {"path": path, "tokenizer": tokenizer if tokenizer != path else None}
+    return config.model_copy(update={"model": config.model.model_copy(update=changed)})
 
 
 def _require_files(data: Sequence[str]) -> None:
