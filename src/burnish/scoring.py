@@ -45,7 +45,8 @@ def score(target: Sequence[str], data: Sequence[str], as_json: bool) -> str:
         stats = evaluate_model(config)
     if as_json:
         path = config.model.path
-        return to_json({**eval_line(stats), "step": trained_steps(path), "model": path})
+        line = to_json({**eval_line(stats), "step": trained_steps(path), "model": path})
+        return json.dumps(json.loads(line))  # in ASCII, which every terminal and pipe can be given
     lines = [f"model: {config.model.path}", f"{'source':<32} {'loss':>10} {'perplexity':>12} {'tokens':>12}"]
     for name, numbers in stats.sources.items():
         lines.append(_line(name, numbers))
