@@ -14,7 +14,14 @@ from cyclopts import App, CycloptsError, Parameter
 
 from burnish import __version__
 from burnish.config.plan_options import PlanOptions
-from burnish.errors import EXIT_CONFIG, EXIT_ENVIRONMENT, BurnishError, machine_limits, reader_may_leave
+from burnish.errors import (
+    EXIT_CONFIG,
+    EXIT_ENVIRONMENT,
+    BurnishError,
+    machine_limits,
+    reader_may_leave,
+    settle_streams,
+)
 from burnish.jobs.options import JobOptions
 from burnish.rendezvous import without_launcher_flags
 
@@ -350,6 +357,7 @@ def schema() -> None:
 def main(argv: Sequence[str] | None = None) -> None:
     """Run a verb; the only place where errors become messages and exit codes."""
     tokens = without_launcher_flags(sys.argv[1:] if argv is None else argv)
+    settle_streams()
     try:
         with machine_limits(tokens[0] if tokens else ""), reader_may_leave():
             if "--help-all" in tokens:

@@ -6,6 +6,7 @@ Everything in Burnish may import this module; it imports nothing of it, and noth
 from __future__ import annotations
 
 import errno
+import io
 import os
 import sys
 from collections.abc import Iterator, Sequence
@@ -192,6 +193,23 @@ def machine_limits(verb: str) -> Iterator[None]:
             raise
         cure = "Free disk space, or choose another place."
         raise MachineError(Problem(where, f"cannot be written: {error.strerror}", cure)) from error
+
+
+def settle_streams() -> None:
+    """Streams that take whatever is printed: what was closed when the program started leads nowhere, and a
+    letter that stdout cannot write (another locale, a file name that is not UTF-8) comes out as its number.
+
+    Without the first Python has None there: a flush is an error, and what is meant for stderr goes to stdout.
+    """
+    for number, (name, mode) in enumerate((("stdin", "r"), ("stdout", "w"), ("stderr", "w"))):
+        if getattr(sys, name) is None:
+            opened = os.open(os.devnull, os.O_RDWR)
+            if opened != number:
+                os.dup2(opened, number)  # or the next file would be opened there, and libraries print into it
+                os.close(opened)
+            setattr(sys, name, open(number, mode, encoding="utf-8", closefd=False))  # noqa: SIM115
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 @contextmanager

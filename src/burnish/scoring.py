@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from burnish.config.adapter_file import tokenizer_place
 from burnish.config.check import check_source, require_model
 from burnish.config.load import load_config
 from burnish.config.schema import Config, SourceConfig
@@ -44,7 +45,8 @@ def score(target: Sequence[str], data: Sequence[str], as_json: bool) -> str:
         stats = evaluate_model(config)
     if as_json:
         path = config.model.path
-        return to_json({**eval_line(stats), "step": trained_steps(path), "model": path})
+        line = to_json({**eval_line(stats), "step": trained_steps(path), "model": path})
+        return json.dumps(json.loads(line))  # in ASCII, which every terminal and pipe can be given
     lines = [f"model: {config.model.path}", f"{'source':<32} {'loss':>10} {'perplexity':>12} {'tokens':>12}"]
     for name, numbers in stats.sources.items():
         lines.append(_line(name, numbers))
@@ -196,7 +198,9 @@ def _config_of_model(path: str, flags: list[str], data: Sequence[str], scratch: 
     config = load_config(
         None, ["--model.path", "a/b", "--data.train", sources, f"--output_dir={scratch}/run", *flags]
     )
-    return config.model_copy(update={"model": config.model.model_copy(update={"path": path})})
+    tokenizer = config.model.tokenizer or tokenizer_place(path)
+    changed = {"path": path, "tokenizer": tokenizer if tokenizer != path else None}
+    return config.model_copy(update={"model": config.model.model_copy(update=changed)})
 
 
 def _require_files(data: Sequence[str]) -> None:

@@ -7,7 +7,7 @@ from typing import Any, final
 
 from burnish.config.check import require_model
 from burnish.errors import ConfigError, DataError, Problem
-from burnish.hub import not_loaded, only_cached
+from burnish.hub import not_loaded
 from burnish.runtime import quieten_libraries
 
 
@@ -27,15 +27,12 @@ class Speaker:
     def __init__(self, path: str, max_tokens: int = 512) -> None:
         require_model(path)
         import torch
-        from transformers import AutoTokenizer
 
-        from burnish.model.finished import load_finished
+        from burnish.model.finished import load_finished, load_finished_tokenizer
 
         quieten_libraries()
         try:
-            self._tokenizer: Any = AutoTokenizer.from_pretrained(
-                path, padding_side="left", local_files_only=only_cached(path)
-            )
+            self._tokenizer: Any = load_finished_tokenizer(path, padding_side="left")
             self._model: Any = load_finished(path)
         except (OSError, ValueError) as error:
             cure = "Give a model folder, an adapter folder, or a hub name."

@@ -239,6 +239,27 @@ def test_a_closed_pipe_ends_quietly(argv):
     )
 
 
+@pytest.mark.parametrize(
+    ("closing", "argv", "code"),
+    [
+        ("<&- >&- 2>&-", "schema", 0),
+        (">&-", "report nowhere", 2),
+        ("2>&-", "report nowhere", 2),
+    ],
+)
+def test_streams_that_were_closed_lead_nowhere(closing, argv, code):
+    command = f"{sys.executable} -m burnish {argv} {closing}"
+    environment = {**os.environ, "PYTHONPATH": str(Path(burnish.__file__).parents[1])}
+    done = subprocess.run(["sh", "-c", command], capture_output=True, text=True, env=environment, check=False)
+    assert (done.returncode, done.stdout, "Traceback" in done.stderr) == (code, "", False), done
+
+
+def test_a_stdout_that_knows_only_ascii_is_no_error(monkeypatch):
+    monkeypatch.setenv("PYTHONIOENCODING", "ascii")
+    done = run("check", str(write_tiny_job(Path("job"))))
+    assert done.returncode == 0 and r"\xb7" in done.stdout, done
+
+
 def test_no_checkpoints_is_no_error(capsys):
     Path("run").mkdir()
     Path("run/plan.json").write_text("{}")

@@ -139,6 +139,11 @@ def test_a_flag_that_cannot_be_read_says_how_to_write_it():
     assert found.what.startswith("[a.jsonl cannot be read: ") and "'[a.jsonl, b.jsonl]'" in found.cure
 
 
+def test_a_config_behind_the_flags_is_told_where_it_belongs():
+    with pytest.raises(ConfigError, match=r"sft.yaml: stands alone.*\n +A config stands first"):
+        load_config(None, ["--optim.lr", "1", "sft.yaml"])
+
+
 def test_a_wrong_key_hides_no_contradiction_of_others():
     with pytest.raises(ConfigError) as caught:
         given = ["--model.path", "some/model", "--data.train", "some/rows", "--output_dir", "runs/a"]

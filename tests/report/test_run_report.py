@@ -6,6 +6,7 @@ from html.parser import HTMLParser
 import pytest
 
 from burnish.errors import ConfigError
+from burnish.report import run_report
 from burnish.report.run_report import write_report
 
 EVIL = "</pre><script>alert(1)</script>"
@@ -80,3 +81,10 @@ def test_what_the_numbers_must_be_read_with(tmp_path):
 def test_a_folder_that_is_no_run(tmp_path):
     with pytest.raises(ConfigError, match="not a run"):
         write_report(tmp_path)
+
+
+def test_a_small_learning_rate_is_not_cut_off_at_its_first_digits():
+    """`5.556e-08` came out as `56e-08`. A letter of 12 px is about 7 wide."""
+    chart = run_report._chart("learning rate", {"learning rate": [(1.0, 5.5555e-8), (2.0, 9.8333e-6)]})
+    assert chart is not None
+    assert max(7 * len(label) for _, label in chart.y_ticks) <= run_report.MARGIN - 6

@@ -60,7 +60,7 @@ def with_its_adapter(config: Config) -> tuple[Config, list[Problem]]:
     # Of names in another order the one of the file is taken, so that equal runs have equal configs.
     begun = begun.model_copy(update={"targets": own["targets"]})
     model = config.model
-    if model.tokenizer is None and any((folder / name).is_file() for name in _TOKENIZER_FILES):
+    if model.tokenizer is None and _has_tokenizer(folder):
         model = model.model_copy(update={"tokenizer": adapter.path})
     return config.model_copy(update={"adapter": begun, "model": model}), problems
 
@@ -72,6 +72,19 @@ def recorded_base(folder: Path) -> str | None:
     except ConfigError:
         return None
     return base if isinstance(base, str) and base else None
+
+
+def tokenizer_place(path: str) -> str:
+    """Where the tokenizer of a finished model or adapter is: in its folder, or with the base of an adapter
+    that peft alone has saved."""
+    folder = Path(path)
+    if _has_tokenizer(folder) or not (folder / CONFIG_FILE).is_file():
+        return path
+    return recorded_base(folder) or path
+
+
+def _has_tokenizer(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in _TOKENIZER_FILES)
 
 
 def token_rows_of(adapter: AdapterConfig | None) -> tuple[int, ...]:

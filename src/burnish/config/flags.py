@@ -33,6 +33,10 @@ def apply_flags(tree: dict[str, Any], tokens: Sequence[str]) -> list[Problem]:
         index += 1
         if not _FLAG.match(token):
             cure = "Flags look like --optim.lr 2e-5; lists like --data.train '[a.jsonl, b.jsonl]'."
+            if token.endswith((".yaml", ".yml")):
+                cure = (
+                    f"A config stands first: burnish train {token} --optim.lr 2e-5; and there is one at most."
+                )
             problems.append(Problem(token, "stands alone, without a flag before it", cure))
             continue
         name, equals, text = token[2:].partition("=")

@@ -7,14 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer
 
+from burnish.config.adapter_file import CONFIG_FILE, recorded_base
 from burnish.errors import ConfigError, Problem
 from burnish.export.chat import save_tokenizer
 from burnish.export.final import save_generation_config, save_model
 from burnish.export.folder import whole_folder
-from burnish.hub import only_cached
-from burnish.model.finished import base_of, load_finished
+from burnish.model.finished import load_finished, load_finished_tokenizer
 from burnish.model.load import COMPUTE_DTYPES
 from burnish.runtime import quieten_libraries
 
@@ -54,17 +53,19 @@ def merge(adapter: Path, out: Path, dtype: str = "bf16") -> MergeProof:
         MachineError: It cannot be written, or is not what it should be.
     """
     quieten_libraries()
-    base_name = _base_name(adapter)
+    _require_adapter(adapter)
     if dtype not in COMPUTE_DTYPES:
         raise ConfigError(Problem("--dtype", f"is {dtype!r}", f"Give one of {', '.join(COMPUTE_DTYPES)}."))
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(Problem(str(out), "is there already", "Give a folder that does not exist yet."))
     try:
         adapted: Any = load_finished(str(adapter), torch.float32).eval()
-        tokenizer: Any = _tokenizer(adapter)
+        tokenizer: Any = load_finished_tokenizer(str(adapter))
     except (OSError, ValueError) as error:
-        what = f"the adapter on its base {base_name} cannot be loaded: {' '.join(str(error).split())}"
-        cure = "Put it there, or correct base_model_name_or_path in adapter_config.json."
+        base = recorded_base(adapter)
+        it = f"the adapter on its base {base}" if base else "the adapter"
+        what = f"{it} cannot be loaded: {' '.join(str(error).split())}"
+        cure = f"Put the base there, or correct base_model_name_or_path in {CONFIG_FILE}."
         raise ConfigError(Problem(str(adapter), what, cure)) from error
     generation = adapted.get_base_model().generation_config
     probe = _probe_tokens(len(tokenizer))
@@ -81,32 +82,18 @@ def merge(adapter: Path, out: Path, dtype: str = "bf16") -> MergeProof:
         return _compare(wanted, _logits(again.eval(), probe))
 
 
-def _base_name(adapter: Path) -> str:
-    if not (adapter / "adapter_config.json").is_file():
-        cure = "Give the folder of an adapter, for example runs/first/final."
-        raise ConfigError(Problem(str(adapter), "is not an adapter (no adapter_config.json)", cure))
-    try:
-        return base_of(str(adapter))[0]
-    except (OSError, ValueError) as error:
-        cure = "Copy or download the folder again, or name the base there."
-        what = f"its adapter_config.json does not tell the base: {error}"
-        raise ConfigError(Problem(str(adapter), what, cure)) from error
-
-
-def _tokenizer(adapter: Path) -> Any:
-    """The adapter's, or its base's where the adapter was saved without one, as peft does."""
-    if any((adapter / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
-        return AutoTokenizer.from_pretrained(str(adapter))
-    base, revision = base_of(str(adapter))
-    return AutoTokenizer.from_pretrained(base, revision=revision, local_files_only=only_cached(base))
-
-
 def _merged(adapted: Any, adapter: Path) -> Any:
     try:
         return adapted.merge_and_unload(safe_merge=True)  # safe: refuses what is not finite
     except ValueError as error:
         cure = "Merge another result: best/, or one of an earlier checkpoint."
         raise ConfigError(Problem(str(adapter), f"cannot be merged: {error}", cure)) from error
+
+
+def _require_adapter(adapter: Path) -> None:
+    if not (adapter / CONFIG_FILE).is_file():
+        cure = "Give the folder of an adapter, for example runs/first/final."
+        raise ConfigError(Problem(str(adapter), f"is not an adapter (no {CONFIG_FILE})", cure))
 
 
 def _probe_tokens(num_known: int) -> torch.Tensor:

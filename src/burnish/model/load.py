@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
@@ -203,23 +204,21 @@ def _pretrained(
     if quantize == "nf4":
         arguments["quantization_config"] = _nf4(COMPUTE_DTYPES[model.dtype])
     try:
-        loaded: Any = loader_of(config).from_pretrained(
-            _place(model.path),
-            config=config,
-            revision=model.revision,
-            dtype=dtype,
-            trust_remote_code=model.trust_remote_code,
-            local_files_only=only_cached(model.path),
-            use_safetensors=True,
-            ignore_mismatched_sizes=True,  # so that they come back by name instead of as a traceback
-            output_loading_info=True,
-            **arguments,
-        )
+        with reading_weights(model.path):
+            loaded: Any = loader_of(config).from_pretrained(
+                _place(model.path),
+                config=config,
+                revision=model.revision,
+                dtype=dtype,
+                trust_remote_code=model.trust_remote_code,
+                local_files_only=only_cached(model.path),
+                use_safetensors=True,
+                ignore_mismatched_sizes=True,  # so that they come back by name instead of as a traceback
+                output_loading_info=True,
+                **arguments,
+            )
     except OSError as error:
         raise ConfigError(not_loaded("model.path", model.path, "model", error, "Check the path.")) from error
-    except SafetensorError as error:  # cut off, empty, or git-lfs's pointer instead of the file
-        what = f"{model.path}: a file of weights is not whole: {error}"
-        raise MachineError(Problem("model.path", what, "Copy or download the folder again.")) from error
     except RuntimeError as error:
         # Under ZeRO-3 a shape that does not fit is raised in spite of the request above.
         if "size mismatch" not in str(error):
@@ -236,7 +235,7 @@ def _pretrained(
         )
         raise ConfigError(Problem("engine.zero_stage", what, "Set engine.zero_stage: 2.")) from error
     built, report = loaded
-    _check_report(model.path, report)
+    check_report(model.path, report)
     if quantize is not None:
         _keep_differentiable(built)
     return built
@@ -279,8 +278,42 @@ def _nf4(compute_dtype: torch.dtype) -> Any:
     )
 
 
-def _check_report(path: str, report: dict[str, Any]) -> None:
-    """Every weight has to come from the checkpoint, and every weight of the checkpoint to be used."""
+@contextmanager
+def reading_weights(path: str) -> Iterator[None]:
+    """What safetensors cannot read in the block is a damaged file: it is named, with what to do.
+
+    Args:
+        path: The folder that is read in the block, or a hub name.
+
+    Raises:
+        MachineError: A file cannot be read.
+    """
+    try:
+        yield
+    except SafetensorError as error:  # no OSError, not even for a file that was cut off
+        file = next((f for f in sorted(Path(path).glob("*.safetensors")) if not _can_be_opened(f)), path)
+        cure = "It may be an incomplete download: download or copy it again."
+        raise MachineError(Problem("model.path", f"{file} cannot be read: {error}", cure)) from error
+
+
+def _can_be_opened(file: Path) -> bool:
+    try:
+        safe_open(file, framework="pt")
+    except (OSError, SafetensorError):
+        return False
+    return True
+
+
+def check_report(path: str, report: dict[str, Any]) -> None:
+    """Every weight has to come from the checkpoint, and every weight of the checkpoint to be used.
+
+    Args:
+        path: The model's folder or hub name.
+        report: What transformers says of its loading (`output_loading_info`).
+
+    Raises:
+        MachineError: Weights are missing, left over, of another shape, or could not be read.
+    """
     leftovers = [k for k in report["unexpected_keys"] if not _COMPUTED_BUFFERS.search(k)]
     problems = [
         *_name_them(path, "weights are missing and would be random", report["missing_keys"]),

@@ -19,7 +19,7 @@ from burnish import __version__
 from burnish.errors import ConfigError, Problem, writing
 from burnish.metrics.lines import read_lines
 
-WIDTH, HEIGHT, MARGIN = 640, 220, 46
+WIDTH, HEIGHT, MARGIN = 640, 220, 72  # room for a label like 5.556e-08
 NUM_POINTS = 600
 """A curve keeps at most so many points: the mean of each stretch."""
 _PACKAGES = ("torch", "transformers", "peft", "deepspeed", "tokenizers")
