@@ -14,16 +14,10 @@ from cyclopts import App, CycloptsError, Parameter
 
 from burnish import __version__
 from burnish.config.plan_options import PlanOptions
-from burnish.errors import (
-    EXIT_CONFIG,
-    EXIT_ENVIRONMENT,
-    BurnishError,
-    machine_limits,
-    reader_may_leave,
-    settle_streams,
-)
+from burnish.errors import EXIT_CONFIG, EXIT_ENVIRONMENT, BurnishError, machine_limits
 from burnish.jobs.options import JobOptions
 from burnish.rendezvous import without_launcher_flags
+from burnish.streams import reader_may_leave, settle_streams
 
 if TYPE_CHECKING:
     from burnish.config.schema import Config
@@ -169,12 +163,11 @@ def train(*config: Flags) -> None:
     Run the same command again to go on from the newest whole checkpoint.
     """
     from burnish.config.packages import require_packages
-    from burnish.launch import launch, num_workers, require_gpus
+    from burnish.launch import launch, num_workers
     from burnish.runtime import ranks_from_environment
 
     loaded = _load(config, to_write=True)
     count = num_workers(loaded.launch)
-    require_gpus(count)
     require_packages(loaded, max(count, ranks_from_environment().world_size))
     if count > 1:
         sys.exit(launch(count, [sys.executable, "-m", "burnish", "train", *config]))
@@ -363,8 +356,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             if "--help-all" in tokens:
                 from burnish.config.help import all_keys_text
 
-                _say(all_keys_text())
-                return
+                return _say(all_keys_text())
             app(tokens, exit_on_error=False, print_error=False)
     except CycloptsError as error:
         _fail(str(error).strip(), EXIT_CONFIG)
@@ -376,8 +368,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def _load(tokens: Sequence[str], to_write: bool = False) -> Config:
     """The config of a command line: at most one file, first, then flags; `to_write` tries its output_dir."""
-    from burnish.config.check import require_output_dir
     from burnish.config.load import load_config
+    from burnish.config.run_folder import require_output_dir
     from burnish.runtime import ranks_from_environment
 
     file = Path(tokens[0]) if tokens and not tokens[0].startswith("-") else None

@@ -38,20 +38,19 @@ def num_workers(launch: LaunchConfig, environ: Mapping[str, str] = os.environ) -
     """How many workers `launch` should start; 1 means that this process does the work itself.
 
     Under a launcher (torchrun, deepspeed, a Slurm step) it is always 1. `auto` is one per GPU.
+
+    Raises:
+        ConfigError: There are fewer GPUs than that, but some: NCCL takes no two ranks on one.
     """
     if "RANK" in environ or in_slurm_step(environ):
         return 1
     if launch.num_processes != "auto":
+        _require_gpus(launch.num_processes)
         return launch.num_processes
     return max(1, num_gpus())
 
 
-def require_gpus(num_processes: int) -> None:
-    """Refuse more workers than this machine has GPUs, if it has any: NCCL takes no two ranks on one.
-
-    Raises:
-        ConfigError: There are too few.
-    """
+def _require_gpus(num_processes: int) -> None:
     gpus = num_gpus() if num_processes > 1 else 0
     if 0 < gpus < num_processes:
         what = f"is {num_processes}, with {counted(gpus, 'GPU')} here: NCCL takes one process on each"

@@ -9,10 +9,12 @@ config ─► data: load ► format ► render+mask ► (prepared cache) ─► 
 
 from __future__ import annotations
 
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 
 from burnish.checkpoint.fingerprints import fingerprints, require_same, what_ranks_share
+from burnish.checkpoint.lock import only_run
 from burnish.checkpoint.resume import with_its_engine
 from burnish.config.schema import Config
 from burnish.data.count import count_windows
@@ -71,50 +73,47 @@ def train(config: Config) -> Path:
     require_rows(tokenizer, shape.vocab_size, (data.train, data.eval))
 
     start_process_group(ranks, device, config.launch.hang_timeout_seconds)
-    made_from = fingerprints(config, serialised(tokenizer), template, data.fingerprint)
-    require_same({**made_from, **what_ranks_share(config, data.eval)}, ranks)
-    memory = smallest_over_ranks(device_memory_bytes(device, ranks), ranks)
-    asked_for, world = config, (shape, ranks.world_size)
-    config = resolve_auto(config, *world, memory, device.type)
-    freed = FreedMemory(device)
-    dtype = parameter_dtype(config, ranks, stored_dtype(config.model, model_config))
-    context = partial(model_init_context, config, ranks, device, dtype)
-    model = build_model(config, dtype, vocabulary, shape.new_tokens, context)
-    capability = can_isolate(model, *asked(config))
-    sharing = config.engine.sequence_parallel
-    parts, layout = max(1, ranks.world_size // sharing), (capability.packed, shape.cost_model(), sharing)
-    prefixes = Prefixes(data.train, unshared(config, device.type, capability.unshared))
-    windows = plan_windows(data.train, config.data, config.batch, config.train, parts, *layout, prefixes)
-    choices = explain_auto(asked_for, config, memory)
-    counts = count_windows(windows, data.train)
-    plan = make_plan(config, counts, *world, device_type=device.type, choices=choices, memory_bytes=memory)
-    log.info("%s\n%s", plan.describe(), capability.reason)
+    with only_run(run_dir, ranks):
+        made_from = fingerprints(config, serialised(tokenizer), template, data.fingerprint)
+        require_same({**made_from, **what_ranks_share(config, data.eval)}, ranks)
+        memory = smallest_over_ranks(device_memory_bytes(device, ranks), ranks)
+        asked_for, world = config, (shape, ranks.world_size)
+        config = resolve_auto(config, *world, memory, device.type)
+        freed = FreedMemory(device)
+        dtype = parameter_dtype(config, ranks, stored_dtype(config.model, model_config))
+        context = partial(model_init_context, config, ranks, device, dtype)
+        model = build_model(config, dtype, vocabulary, shape.new_tokens, context)
+        capability = can_isolate(model, *asked(config))
+        sharing = config.engine.sequence_parallel
+        parts, layout = max(1, ranks.world_size // sharing), (capability.packed, shape.cost_model(), sharing)
+        prefixes = Prefixes(data.train, unshared(config, device.type, capability.unshared))
+        windows = plan_windows(data.train, config.data, config.batch, config.train, parts, *layout, prefixes)
+        counts, choices = count_windows(windows, data.train), explain_auto(asked_for, config, memory)
+        plan = make_plan(config, counts, *world, None, device.type, choices, memory)
+        log.info("%s\n%s", plan.describe(), capability.reason)
 
-    freed.settle(plan.memory.device.kept > 0, plan.memory.over_process)
-    compile_layers(model, capability, device, config.model.compile)
-    supervised = SupervisedModel(model, capability, Objective.of(config.train))
-    engine = build_engine(config, ranks, device, supervised)
-    exporter = Exporter(config, engine, model, tokenizer, template, ranks)
-    recorder = MetricsWriter(
-        run_dir, config.log.trackers, ranks, num_steps=windows.num_steps, run_config=config.model_dump()
-    )
-    job = loop.TrainJob(
-        config=config,
-        engine=engine,
-        ranks=ranks,
-        windows=windows,
-        feed=Feed(data.train, capability.packed, padding_id(tokenizer)),
-        eval_store=data.eval,
-        eval_cuts=eval_cuts(data.eval, config.batch, parts, *layout) if data.eval else None,
-        recorder=recorder,
-        freed=freed,
-        fingerprints=made_from,
-        export_best=lambda state: exporter.export(run_dir / "best", state),
-        export_final=lambda state: exporter.export(run_dir / "final", state),
-        on_start=lambda: write_run_files(run_dir, config, plan, data.report, ranks),
-    )
-    try:
-        loop.train(job)
-    finally:
-        recorder.close()
+        freed.settle(plan.memory.device.kept > 0, plan.memory.over_process)
+        compile_layers(model, capability, device, config.model.compile)
+        supervised = SupervisedModel(model, capability, Objective.of(config.train))
+        engine = build_engine(config, ranks, device, supervised)
+        exporter = Exporter(config, engine, model, tokenizer, template, ranks)
+        named = {"num_steps": windows.num_steps, "run_config": config.model_dump()}
+        recorder = MetricsWriter(run_dir, config.log.trackers, ranks, **named)
+        job = loop.TrainJob(
+            config=config,
+            engine=engine,
+            ranks=ranks,
+            windows=windows,
+            feed=Feed(data.train, capability.packed, padding_id(tokenizer)),
+            eval_store=data.eval,
+            eval_cuts=eval_cuts(data.eval, config.batch, parts, *layout) if data.eval else None,
+            recorder=recorder,
+            freed=freed,
+            fingerprints=made_from,
+            export_best=lambda state: exporter.export(run_dir / "best", state),
+            export_final=lambda state: exporter.export(run_dir / "final", state),
+            on_start=lambda: write_run_files(run_dir, config, plan, data.report, ranks),
+        )
+        with closing(recorder):
+            loop.train(job)
     return run_dir / "final"

@@ -32,8 +32,8 @@ class Speaker:
 
         quieten_libraries()
         try:
-            self._tokenizer: Any = load_finished_tokenizer(path, padding_side="left")
             self._model: Any = load_finished(path)
+            self._tokenizer: Any = load_finished_tokenizer(path, padding_side="left")
         except (OSError, ValueError) as error:
             cure = "Give a model folder, an adapter folder, or a hub name."
             raise ConfigError(not_loaded("MODEL", path, "model", error, cure)) from error

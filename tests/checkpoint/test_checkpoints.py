@@ -21,7 +21,7 @@ from burnish.checkpoint.lock import LOCK_NAME, only_run
 from burnish.checkpoint.manifest import FOLDER, checkpoint_path, committed_paths, verify
 from burnish.checkpoint.resume import clear_the_way, find_checkpoint, load_checkpoint, with_its_engine
 from burnish.checkpoint.retention import list_checkpoints, prune, prune_verified
-from burnish.config.load import dump_config
+from burnish.config.load import dump_config, load_config
 from burnish.config.schema import Config, ResumableChange
 from burnish.engine.base import Engine, StepResult
 from burnish.engine.ds_checkpoint import TAG
@@ -29,7 +29,9 @@ from burnish.engine.local import WEIGHTS_FILE
 from burnish.engine.state_files import write_tensors
 from burnish.errors import BusyError, CheckpointError, ConfigError, MachineError
 from burnish.records import MicroBatch, TrainState
+from burnish.run import train
 from burnish.runtime import Ranks
+from cluster.tiny_job import write_tiny_job
 
 ALONE = Ranks(0, 0, 1)
 
@@ -137,6 +139,16 @@ def test_one_run_at_a_time(tmp_path: Path) -> None:
                 other()
             assert caught.value.exit_code == 75
     assert not (tmp_path / LOCK_NAME).exists()
+
+
+def test_a_second_run_is_refused_before_it_takes_memory_or_swap_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On the same GPU the first would run out of memory; on the same disk they would swap into one file."""
+    config = load_config(write_tiny_job(tmp_path), [])
+    monkeypatch.setattr("burnish.run.build_model", lambda *_, **__: pytest.fail("a model was built"))
+    with only_run(Path(config.output_dir), ALONE), pytest.raises(BusyError):
+        train(config)
 
 
 def test_a_lock_ends_with_its_process(tmp_path: Path) -> None:

@@ -141,26 +141,14 @@ def test_adapter_alone_and_merged(tmp_path, tokenizer):
     assert merge(out, tmp_path / "merged-with-bases-tokenizer", "fp32") == proof
 
 
-@pytest.mark.parametrize(
-    ("file", "content", "says"),
-    [
-        ("adapter_config.json", b'{"r', "does not tell the base"),
-        ("adapter_config.json", b'{"r": 2}', "does not name its base"),
-        ("adapter_model.safetensors", b"cut off", "cannot be loaded: a file of weights is damaged"),
-        ("adapter_model.safetensors", None, "cannot be merged: NaNs"),
-    ],
-)
-def test_a_damaged_adapter_is_no_bug(tmp_path, tokenizer, file, content, says):
+def test_an_adapter_that_is_not_finite_is_refused(tmp_path, tokenizer):
     config = config_for(tmp_path)
     base = AutoModelForCausalLM.from_pretrained(config.model.path)
     get_peft_model(base, LoraConfig(r=2, task_type="CAUSAL_LM")).save_pretrained(tmp_path / "adapter")
     tokenizer.save_pretrained(tmp_path / "adapter")
-    damaged = tmp_path / "adapter" / file
-    if content is None:
-        save_file({name: w + float("nan") for name, w in load_file(damaged).items()}, damaged)
-    else:
-        damaged.write_bytes(content)
-    with pytest.raises(ConfigError, match=says):
+    damaged = tmp_path / "adapter" / "adapter_model.safetensors"
+    save_file({name: w + float("nan") for name, w in load_file(damaged).items()}, damaged)
+    with pytest.raises(ConfigError, match="cannot be merged: NaNs"):
         merge(tmp_path / "adapter", tmp_path / "merged")
     assert not (tmp_path / "merged").exists()
 

@@ -15,7 +15,7 @@ import pytest
 from burnish import launch as launching
 from burnish.config.schema import LaunchConfig
 from burnish.errors import ConfigError
-from burnish.launch import launch, num_workers, require_gpus, threads_per_worker
+from burnish.launch import launch, num_workers, threads_per_worker
 
 PYTHON = sys.executable
 
@@ -117,7 +117,7 @@ def test_no_more_workers_than_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     """NCCL would end them with a traceback: duplicate GPU detected."""
     for gpus, count in ((0, 4), (1, 1), (2, 2), (4, 2)):
         monkeypatch.setattr(launching, "num_gpus", lambda gpus=gpus: gpus)
-        require_gpus(count)
+        assert num_workers(LaunchConfig(num_processes=count), {}) == count
     monkeypatch.setattr(launching, "num_gpus", lambda: 1)
     with pytest.raises(ConfigError, match=r"launch.num_processes: is 2, with 1 GPU here"):
-        require_gpus(2)
+        num_workers(LaunchConfig(num_processes=2), {})

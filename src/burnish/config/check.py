@@ -12,10 +12,11 @@ from burnish.config.adapter_file import recorded_base
 from burnish.config.layout import OWN_ATTENTION, refused_layout
 from burnish.config.raw_deepspeed import misspelt_settings, refused_settings
 from burnish.config.row_rules import misnamed_rules
+from burnish.config.run_folder import check_output, check_resumed
 from burnish.config.schema import Config, SourceConfig
 from burnish.config.stored_weights import cannot_pack
-from burnish.durable import try_writing, unreadable_files
-from burnish.errors import ConfigError, MachineError, Problem
+from burnish.durable import unreadable_files
+from burnish.errors import ConfigError, Problem
 
 DATA_SUFFIXES = (
     ".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arrow", ".feather",
@@ -33,7 +34,7 @@ def check_config(config: Config) -> list[Problem]:
     Looks at the file system (data, model folder, template, checkpoint), never at the network, and
     imports nothing heavy. What only the tokenizer, the rows or the device can tell comes later.
     """
-    checks = (_check_model, _check_sources, _check_data, contradictions, _check_run, _check_output)
+    checks = (_check_model, _check_sources, _check_data, contradictions, check_resumed, check_output)
     problems: list[Problem] = []
     for check in checks:
         try:
@@ -52,20 +53,6 @@ def contradictions(config: Config) -> Iterator[Problem]:
     yield from _check_batch(config)
     yield from _check_engine(config)
     yield from _check_training(config)
-
-
-def require_output_dir(config: Config) -> None:
-    """Nothing, if `output_dir` can be written; found before hours of work, not after. It is left as it was.
-
-    Raises:
-        MachineError: It cannot be made, or not be written.
-    """
-    try:
-        try_writing(Path(config.output_dir))
-    except OSError as error:
-        what = f"{config.output_dir} cannot be written: {error.strerror or error}"
-        cure = "Choose another output_dir, or mend its permissions or the disk."
-        raise MachineError(Problem("output_dir", what, cure)) from error
 
 
 def _check_model(config: Config) -> Iterator[Problem]:
@@ -358,46 +345,3 @@ def _check_training(config: Config) -> Iterator[Problem]:
         if not pattern.strip("*"):
             key = "model.freeze" if pattern in config.model.freeze else "optim.group_lr"
             yield Problem(key, f"{pattern!r} names everything", "Name a part, like embed_tokens or layers.0.")
-
-
-def _check_run(config: Config) -> Iterator[Problem]:
-    resume = config.checkpoint.resume
-    if resume in ("auto", "never", "must"):  # a folder may be called so too
-        return
-    if not (resume.strip() and Path(resume).is_dir()):
-        cure = "Give auto, never, must, or the folder of a checkpoint."
-        yield Problem("checkpoint.resume", f"there is no folder {resume!r}", cure)
-    elif not (Path(resume) / "MANIFEST.json").exists():
-        yield from _check_resumed_run(Path(resume))
-
-
-def _check_resumed_run(folder: Path) -> Iterator[Problem]:
-    """A run's folder, or that of its checkpoints, where one checkpoint is meant."""
-    for place in (folder / "checkpoints", folder):
-        found = max(place.glob("step-*/MANIFEST.json"), key=lambda path: path.parent.name, default=None)
-        if found is not None:
-            cure = f"Name one of those in it: checkpoint.resume: {found.parent}."
-            yield Problem("checkpoint.resume", f"{folder} holds checkpoints and is none itself", cure)
-            return
-    if (folder / "checkpoints").is_dir():
-        cure = "Give the folder of a checkpoint, RUN/checkpoints/step-…; `burnish ckpt ls RUN` lists them."
-        yield Problem("checkpoint.resume", f"{folder} is a run, and has no checkpoint to go on from", cure)
-
-
-def _check_output(config: Config) -> Iterator[Problem]:
-    text = config.output_dir
-    if not text.strip() or "\0" in text:
-        yield Problem("output_dir", f"{text!r} is not a path", "Give a folder, for example runs/first.")
-        return
-    folder = Path(text).resolve()
-    if os.path.exists(folder) and not os.path.isdir(folder):  # noqa: PTH110, PTH112 - Path's may raise
-        yield Problem("output_dir", f"{text} is a file", "Give a folder.")
-    if folder in (Path(folder.anchor), Path.home().resolve(), Path.cwd().resolve()):
-        cure = "Give the run a folder of its own, for example runs/first."
-        yield Problem("output_dir", f"{folder} is not a folder for a run", cure)
-    model = Path(config.model.path)
-    if model.is_dir() and (
-        folder == model.resolve() or model.resolve() in (folder / "final", folder / "best")
-    ):
-        cure = "The run would write over the model it starts from: give another folder."
-        yield Problem("output_dir", f"{text} holds model.path ({config.model.path})", cure)

@@ -38,7 +38,10 @@ def load_finished(path: str, dtype: torch.dtype | None = None) -> PreTrainedMode
     file = Path(path) / ADAPTER_FILE
     if not file.is_file():
         return _load_full(path, None, dtype)
-    adapter = json.loads(file.read_text(encoding="utf-8"))
+    try:
+        adapter = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file} is not JSON: {error}") from error
     name = recorded_base(Path(path))
     if name is None:
         raise ValueError(f"{file} names no base (base_model_name_or_path)")

@@ -9,7 +9,6 @@ from typing import Any, Protocol, runtime_checkable
 
 from burnish.checkpoint.commit import save_checkpoint
 from burnish.checkpoint.fingerprints import changed_settings
-from burnish.checkpoint.lock import only_run
 from burnish.checkpoint.resume import (
     clear_the_way,
     find_checkpoint,
@@ -93,10 +92,9 @@ def train(job: TrainJob) -> TrainState:
         MachineError: A result could not be exported; a checkpoint of what was trained was saved.
         CheckpointError: The checkpoint to resume from is damaged, belongs to another run, or is past the end
             of this one.
-        BusyError: Another run is at work in the folder.
     """
     timeout_seconds = job.config.launch.hang_timeout_seconds
-    with StopRequest() as stop, only_run(job.run_dir, job.ranks):
+    with StopRequest() as stop:
         with Watchdog(job.run_dir, job.ranks, timeout_seconds) as watchdog:
             watched = replace(job, engine=WatchedEngine(job.engine, watchdog, job.freed))
             state, keeper = _run(watched, stop)
