@@ -4,6 +4,7 @@ import bz2
 import gzip
 import json
 import lzma
+import os
 from pathlib import Path
 
 import pyarrow as pa
@@ -35,6 +36,13 @@ def values(path: Path | str, **keys) -> list:
     rows = read(path, **keys)
     assert [row.problem for row in rows] == [None] * len(rows)
     return [row.value for row in rows]
+
+
+def test_a_file_name_that_is_not_utf8_is_told(tmp_path):
+    (tmp_path / os.fsdecode(b"caf\xe9.jsonl")).write_text('{"prompt": "a", "completion": "b"}')
+    for path in (tmp_path, tmp_path / os.fsdecode(b"caf\xe9.jsonl")):
+        with pytest.raises(DataError, match=r"caf\\udce9\.jsonl'?: the file's name is not UTF-8"):
+            expand_source(SourceConfig(path=str(path)))
 
 
 def lines() -> str:

@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -165,6 +166,55 @@ def test_a_missing_tracker_is_a_clear_error(tmp_path, monkeypatch):
 
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(MachineError, match=r"burnish\[wandb\]"):
+        writer(tmp_path, ["wandb"]).train(STEP)
+
+
+class Service:
+    """A tracker's package whose server goes away after some calls."""
+
+    def __init__(self, num_calls: int) -> None:
+        self.num_calls, self.seen = num_calls, []
+
+    def init(self, **_) -> "Service":
+        return self
+
+    def log(self, values: dict, step: int) -> None:
+        if len(self.seen) == self.num_calls:
+            raise RuntimeError("server went away\nand more")
+        self.seen.append((step, values["train/loss"]))
+
+    def finish(self) -> None:
+        raise ConnectionError("server went away")
+
+
+def test_a_tracker_that_fails_does_not_end_a_run(tmp_path, monkeypatch, caplog):
+    import sys
+
+    service = Service(num_calls=1)
+    monkeypatch.setitem(sys.modules, "trackio", service)
+    monkeypatch.setattr("burnish.metrics.trackers.require_package", lambda _: None)
+    monkeypatch.setattr("burnish.runtime.log.propagate", True)
+    out = writer(tmp_path, ["trackio"])
+    for number in (1, 2, 3):
+        out.train(replace(STEP, step=number))
+    out.close()
+    assert service.seen == [(1, STEP.loss)] and [line["step"] for line in lines(tmp_path)] == [1, 2, 3]
+    assert [record.getMessage().count("RuntimeError: server went away") for record in caplog.records] == [1]
+    last = writer(tmp_path / "last", ["trackio"])
+    last.event({"kind": "early"})
+    last.close()
+    assert "ConnectionError: server went away" in caplog.records[-1].getMessage()
+
+
+def test_a_tracker_that_cannot_be_started_is_told_before_training(tmp_path, monkeypatch):
+    import sys
+
+    def init(**_):
+        raise PermissionError("no API key")
+
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init))
+    monkeypatch.setattr("burnish.metrics.trackers.require_package", lambda _: None)
+    with pytest.raises(MachineError, match="wandb: PermissionError: no API key"):
         writer(tmp_path, ["wandb"]).train(STEP)
 
 

@@ -119,11 +119,22 @@ def expand_source(source: SourceConfig) -> list[Path]:
     else:
         raise DataError(_missing(path))
     for file in files:
+        if not _is_utf8(file):
+            cure = "Rename it: places in it are named in UTF-8, in the prepared data and in reports."
+            raise DataError(Problem(ascii(str(file)), "the file's name is not UTF-8", cure))
         if row_kind(file) is None:
             known = " ".join(ROW_KINDS)
             cure = f"Known are {known}, and with {' '.join(COMPRESSIONS)} behind them those that are text."
             raise DataError(Problem(str(file), "the file's ending is not one that holds rows", cure))
     return files
+
+
+def _is_utf8(file: Path) -> bool:
+    try:
+        str(file).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _missing(path: Path) -> Problem:

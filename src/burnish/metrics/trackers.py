@@ -5,11 +5,13 @@ from __future__ import annotations
 import importlib
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, final
 
 from burnish.config.packages import require_package
+from burnish.errors import BurnishError, MachineError, Problem
 
 PROJECT = "burnish"
 
@@ -26,20 +28,40 @@ class Tracker(ABC):
         """Flush and finish."""
 
 
+@contextmanager
+def in_words(name: str) -> Iterator[None]:
+    """Whatever a tracker's package raises in the block is an error of the machine: a login, a network, a server.
+
+    Raises:
+        MachineError: With the tracker's name, and what it said.
+    """
+    try:
+        yield
+    except BurnishError:
+        raise
+    except Exception as error:
+        said = (str(error).strip().splitlines() or [""])[0]
+        cure = f"Mend that (a login, the network, the server), or leave {name} out of log.trackers."
+        raise MachineError(
+            Problem("log.trackers", f"{name}: {type(error).__name__}: {said}", cure)
+        ) from error
+
+
 def make_tracker(
     name: str, run_dir: Path, run_config: Mapping[str, Any], resumed_step: int | None
 ) -> Tracker:
     """Start a tracker by its name in `log.trackers`.
 
     Raises:
-        MachineError: Its package is not installed.
+        MachineError: Its package is not installed, or it cannot be started.
     """
-    if name == "tensorboard":
-        return TensorBoard(run_dir / "tensorboard", resumed_step)
-    require_package(name)
-    module = importlib.import_module(name)
-    makers = {"wandb": WandB, "trackio": Trackio, "mlflow": MLflow}
-    return makers[name](module, run_dir, run_config)
+    with in_words(name):
+        if name == "tensorboard":
+            return TensorBoard(run_dir / "tensorboard", resumed_step)
+        require_package(name)
+        module = importlib.import_module(name)
+        makers = {"wandb": WandB, "trackio": Trackio, "mlflow": MLflow}
+        return makers[name](module, run_dir, run_config)
 
 
 @final

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, TextIO, final
 
-from burnish.errors import writing
+from burnish.errors import MachineError, writing
 from burnish.metrics.console import ConsoleProgress
 from burnish.metrics.lines import cut_after, eval_line, to_json, train_line
-from burnish.metrics.trackers import Tracker, make_tracker
+from burnish.metrics.trackers import Tracker, in_words, make_tracker
 from burnish.records import EvalStats, StepStats
-from burnish.runtime import Ranks
+from burnish.runtime import Ranks, log
 
 METRICS_NAME = "metrics.jsonl"
 
@@ -37,7 +38,7 @@ class MetricsWriter:
         run_config: The resolved config, for trackers that keep one. It never holds a secret.
 
     Raises:
-        MachineError: A tracker's package is not installed.
+        MachineError: By the first line: a tracker's package is not installed, or it cannot be started.
     """
 
     def __init__(
@@ -56,7 +57,7 @@ class MetricsWriter:
         self._file: TextIO | None = None
         self._early: list[Mapping[str, Any]] = []
         self._console = ConsoleProgress(num_steps)
-        self._trackers: list[Tracker] = []
+        self._trackers: dict[str, Tracker] = {}
 
     def train(self, stats: StepStats) -> None:
         """One logged optimizer step."""
@@ -97,8 +98,8 @@ class MetricsWriter:
         if self._early:
             self._begin(None)
         self._console.close()
-        for tracker in self._trackers:
-            tracker.close()
+        for name, tracker in list(self._trackers.items()):
+            self._try(name, tracker.close)
         if self._file is not None:
             with writing(self._run_dir / METRICS_NAME):  # tries again what a full disk did not take
                 self._file.close()
@@ -106,16 +107,17 @@ class MetricsWriter:
     def _begin(self, resumed_step: int | None, eval_due: bool = False, own: bool = True) -> None:
         if self._file is not None:
             return
-        self._run_dir.mkdir(parents=True, exist_ok=True)
         path = self._run_dir / METRICS_NAME
-        if resumed_step is not None and own:
-            cut_after(path, resumed_step, eval_due)
-        elif path.exists() and path.stat().st_size > 0:
-            path.replace(_free_name(path))
-        self._trackers = [
-            make_tracker(name, self._run_dir, self._run_config, resumed_step) for name in self._names
-        ]
-        self._file = path.open("a", encoding="utf-8")
+        with writing(path):
+            self._run_dir.mkdir(parents=True, exist_ok=True)
+            if resumed_step is not None and own:
+                cut_after(path, resumed_step, eval_due)
+            elif path.exists() and path.stat().st_size > 0:
+                path.replace(_free_name(path))
+        for name in self._names:
+            self._trackers[name] = make_tracker(name, self._run_dir, self._run_config, resumed_step)
+        with writing(path):
+            self._file = path.open("a", encoding="utf-8")
         early, self._early = self._early, []
         for event in early:
             self._write(event)
@@ -132,8 +134,18 @@ class MetricsWriter:
             self._file.flush()  # whoever watches the file sees every step; a crash loses none
 
     def _track(self, step: int, numbers: Mapping[str, float]) -> None:
-        for tracker in self._trackers:
-            tracker.log(step, numbers)
+        for name, tracker in list(self._trackers.items()):
+            self._try(name, partial(tracker.log, step, numbers))
+
+    def _try(self, name: str, call: Callable[[], None]) -> None:
+        """Call a tracker; one that fails is told of and left out. Hours of training are not for a server that
+        went away: `metrics.jsonl` has every number."""
+        try:
+            with in_words(name):
+                call()
+        except MachineError as error:
+            del self._trackers[name]
+            log.warning("%s is left out from here on; metrics.jsonl has every number. %s", name, error)
 
 
 def _free_name(path: Path) -> Path:
