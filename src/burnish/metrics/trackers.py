@@ -30,7 +30,7 @@ class Tracker(ABC):
 
 @contextmanager
 def in_words(name: str) -> Iterator[None]:
-    """Whatever a tracker's package raises in the block is an error of the machine: a login, a network, a server.
+    """Whatever a tracker's package raises in the block is an error of the machine: login, network, server.
 
     Raises:
         MachineError: With the tracker's name, and what it said.
