@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from test_prepare import TEMPLATE, listed, rows, run, write
 
+from burnish.config.schema import Config
 from burnish.data import stamp
 from burnish.data.cache import UNUSED_SECONDS
 from burnish.data.report import describe
@@ -84,6 +85,17 @@ def test_a_run_that_goes_on_another_day_keeps_its_date(tmp_path, monkeypatch):
     _on(monkeypatch, 2)
     again = run(tmp_path, path, template=STAMPING)
     assert again.fingerprint == first.fingerprint and again.report["stamped_date"] == "2026-03-01"
+    step, link = folder / "checkpoints" / "step-00000001", tmp_path / "latest"
+    step.mkdir(parents=True)
+    link.symlink_to(step)
+    for named in (step, link):
+        raw = {
+            "model": {"path": "a/b"},
+            "data": {"train": str(path)},
+            "output_dir": str(tmp_path / "other"),
+            "checkpoint": {"resume": str(named)},
+        }
+        assert stamp.date_of_run(Config.model_validate(raw)) == datetime.date(2026, 3, 1), named
     (folder / "data_report.json").write_text("{damaged")
     assert run(tmp_path, path, template=STAMPING).report["stamped_date"] == "2026-03-02"
 

@@ -36,10 +36,13 @@ def date_of_run(config: Config) -> datetime.date:
     resume = config.checkpoint.resume
     if resume == "never" or os.environ.get("SOURCE_DATE_EPOCH", "").isdigit():
         return today()
-    # A checkpoint lies in RUN/checkpoints/STEP.
-    folder = Path(config.output_dir) if resume in ("auto", "must") else Path(resume).parent.parent
-    try:
-        report = json.loads((folder / REPORT_FILE).read_text("utf-8"))
-        return datetime.date.fromisoformat(report["stamped_date"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return today()
+    named = Path(resume)
+    # A checkpoint lies in RUN/checkpoints/STEP; either may be a link to it, or lie behind one.
+    folders = [path.parent.parent for path in (named, named.resolve())]
+    for folder in [Path(config.output_dir)] if resume in ("auto", "must") else folders:
+        try:
+            report = json.loads((folder / REPORT_FILE).read_text("utf-8"))
+            return datetime.date.fromisoformat(report["stamped_date"])
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
+    return today()
