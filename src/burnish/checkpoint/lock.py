@@ -10,7 +10,7 @@ import errno
 import os
 import socket
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import TextIO
 
@@ -43,7 +43,9 @@ def only_run(run_dir: Path, ranks: Ranks) -> Iterator[None]:
 
 @contextmanager
 def locked(run_dir: Path) -> Iterator[None]:
-    """Hold the folder's lock while the block runs. Where a file system has no locks, nothing is held.
+    """Hold the folder's lock while the block runs; a folder that was not there and is left empty goes again.
+
+    Where a file system has no locks, nothing is held.
 
     Raises:
         BusyError: Another process holds it.
@@ -55,6 +57,7 @@ def locked(run_dir: Path) -> Iterator[None]:
         yield
         return
     path = run_dir / LOCK_NAME
+    is_new = not run_dir.exists()
     with writing(path):
         run_dir.mkdir(parents=True, exist_ok=True)
         file = _open(path)
@@ -73,6 +76,9 @@ def locked(run_dir: Path) -> Iterator[None]:
             yield
         finally:
             path.unlink(missing_ok=True)
+            if is_new:
+                with suppress(OSError):  # it holds something: more than a run that was refused
+                    run_dir.rmdir()
 
 
 def _open(path: Path) -> TextIO:
