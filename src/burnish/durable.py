@@ -34,7 +34,7 @@ def replace_text(path: Path, text: str) -> None:
     Raises:
         OSError: It cannot be written.
     """
-    staged = path.with_name(f".{path.name}.staging")
+    staged = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         staged.write_text(text, encoding="utf-8")
         fsync_path(staged)

@@ -32,6 +32,8 @@ class Tracker(ABC):
 def in_words(name: str) -> Iterator[None]:
     """Whatever a tracker's package raises in the block is an error of the machine: login, network, server.
 
+    Wide on purpose: the packages' errors share no class, and one that is not foreseen would end the run.
+
     Raises:
         MachineError: With the tracker's name, and what it said.
     """

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from typing import Any
 import jinja2
 
 from burnish import __version__
+from burnish.durable import replace_text
 from burnish.errors import ConfigError, Problem, writing
 from burnish.metrics.lines import read_lines
 
@@ -66,12 +66,7 @@ def write_report(run: Path, out: Path | None = None, answers: Sequence[Mapping[s
     target = out or run / "report.html"
     with writing(target):
         target.parent.mkdir(parents=True, exist_ok=True)
-        staged = target.with_name(f".{target.name}.{os.getpid()}")
-        try:
-            staged.write_text(page, encoding="utf-8")
-            staged.replace(target)
-        finally:
-            staged.unlink(missing_ok=True)
+        replace_text(target, page)
     return target
 
 
