@@ -6,6 +6,8 @@ import math
 import pytest
 from rows_on_the_spot import GOOD, line, run_file, said
 
+from burnish.config.schema import SourceConfig
+from burnish.data.load import read_rows
 from burnish.errors import DataError
 
 
@@ -77,6 +79,15 @@ def test_a_json_array_with_a_flaw_in_the_middle(tmp_path):
     (tmp_path / "a.json").write_text("[" + json.dumps(GOOD) + "," + text[1:])
     with pytest.raises(DataError, match="unreadable_rest"):
         run_file(tmp_path / "a.json")
+
+
+@pytest.mark.parametrize("between", ["", "\n", " " * 100])
+@pytest.mark.parametrize("first", ["[]", json.dumps([GOOD])])
+def test_json_arrays_put_end_to_end_lose_no_row_in_silence(tmp_path, between, first):
+    (tmp_path / "a.json").write_text(first + between + json.dumps([GOOD]) + "\n")
+    rows = list(read_rows(SourceConfig(path=str(tmp_path / "a.json"))))
+    assert rows[-1].problem is not None and rows[-1].problem.rule == "unreadable_rest"
+    assert "put end to end" in rows[-1].problem.message
 
 
 @pytest.mark.parametrize("between", [b"", b"\n"])

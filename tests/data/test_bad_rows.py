@@ -65,6 +65,8 @@ TABLE = [
     ),
     ("tools no list", line({**GOOD, "tools": 3}), "bad_tools", ERROR),
     ("weight negative", line({"messages": [USER, {**ANSWER, "weight": -1}]}), "bad_weight", ERROR),
+    ("weight no float32", line({"messages": [USER, {**ANSWER, "weight": 1e39}]}), "bad_weight", ERROR),
+    ("weight no float", line({"messages": [USER, {**ANSWER, "weight": 10**400}]}), "bad_weight", ERROR),
     ("train a word", line({"messages": [USER, {**ANSWER, "train": "yes"}]}), "bad_weight", ERROR),
     ("nothing trained", line({"messages": [USER, {**ANSWER, "train": False}]}), "no_supervised_tokens", DROP),
     (
@@ -186,6 +188,8 @@ def test_what_is_lost_is_counted_in_tokens(tmp_path):
         ({"input_ids": "[5, 6, 7", "labels": [5]}, "bad_tokens", 0, 0),
         ({"input_ids": "[5, -6, 7]", "labels": [5, 6, 7]}, "bad_tokens", 3, 2),
         ({"input_ids": 5, "labels": [5]}, "bad_tokens", 0, 0),
+        ({"input_ids": [5, 2**63], "labels": [5, 2**63]}, "token_out_of_range", 2, 1),
+        ({"input_ids": [5, 6], "labels": [5, 6], "weights": [1, 10**400]}, "bad_tokens", 2, 1),
     ],
 )
 def test_lost_ready_made_tokens_are_counted(tmp_path, bad, rule, tokens, supervised):

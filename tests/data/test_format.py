@@ -182,6 +182,32 @@ def test_of_a_prompt_of_messages_nothing_is_trained_on():
     assert [m.train for m in messages] == [False, False, False, None]
 
 
+def test_a_null_in_a_prompts_message_does_not_train_on_it():
+    prompt = [
+        {"role": "user", "content": "a"},
+        {"role": "assistant", "content": "b", "train": None},
+        {"role": "user", "content": "c"},
+        {"role": "assistant", "content": "d", "train": True},
+        {"role": "user", "content": "e"},
+    ]
+    messages = convert({"prompt": prompt, "completion": "f"}).messages
+    assert messages is not None
+    assert [m.train for m in messages if m.role == "assistant"] == [False, True, None]
+
+
+def test_joining_two_turns_of_an_assistant_loses_no_reasoning():
+    first = {"role": "assistant", "content": "a", "reasoning_content": "one"}
+    calls = {"role": "assistant", "content": None, "tool_calls": [CALL]}
+    user, result = {"role": "user", "content": "q"}, {"role": "tool", "content": "2"}
+    end = {"role": "assistant", "content": "b"}
+    messages = convert({"messages": [user, first, calls, result, end]}).messages
+    assert messages is not None and len(messages) == 4
+    assert messages[1].extra["reasoning_content"] == "one" and messages[1].extra["tool_calls"] == [CALL]
+    for second in ({**calls, "reasoning_content": "two"}, {**first, "content": None}):
+        with pytest.raises(RowProblem, match="repeated_role"):
+            convert({"messages": [user, first, second, result, end]})
+
+
 def test_columns_say_how_ours_are_called():
     row = {"q": "question", "a": "answer", "text": "no"}
     fmt = detect(row, columns={"prompt": "q", "completion": "a"})

@@ -115,6 +115,14 @@ def test_json_arrays_are_read_in_pieces(tmp_path, monkeypatch, chunk):
     assert values(numbers) == [{"text": "a", "n": [1234567, 1e5]}, {"text": "é"}]
 
 
+def test_the_rows_of_another_split_are_no_stand_in(tmp_path):
+    path = tmp_path / "splits.json"
+    path.write_text(json.dumps({"train": ROWS, "val": ROWS[:1]}, indent=1))
+    assert values(path) == ROWS
+    assert values(path, split="val") == ROWS[:1]
+    assert values(path, split="validation") == [{"train": ROWS, "val": ROWS[:1]}]
+
+
 def test_places_are_lines_where_there_are_lines(tmp_path):
     assert [r.place for r in read(write(tmp_path, "a.jsonl"))][-1] == f"{tmp_path}/a.jsonl:7"
     assert [r.place for r in read(write(tmp_path, "pretty.json"))][:2] == [

@@ -27,7 +27,7 @@ from burnish.errors import MachineError, Problem
 
 log = logging.getLogger("burnish")
 
-FORMAT_VERSION = 6
+FORMAT_VERSION = 7
 """Part of every key. Raise it when the same input is to give other examples, counts or another layout."""
 SUMMARY_FILE = "summary.json"
 UNUSED_SECONDS = 30 * 24 * 3600

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -11,7 +10,7 @@ from typing import Any
 
 from burnish.config.row_rules import RULES, Policy
 from burnish.config.schema import SourceConfig
-from burnish.data.messages import message_list, normal_messages, ordered_turns
+from burnish.data.messages import is_weight, message_list, normal_messages, ordered_turns
 from burnish.data.problems import RowProblem, shorten
 from burnish.data.rows import Row
 from burnish.data.texts import Mender, as_text, clean_value, is_missing, parsed_json
@@ -283,9 +282,13 @@ def _side(value: Any, role: str, cells: _Cells, name: str) -> list[Any]:
     """Prompt or completion as messages: it is a list of them, or the text of one."""
     if isinstance(value, list) and not all(isinstance(item, str) for item in value):
         # Of a conversation's prompt nothing is trained on, earlier answers neither.
-        untrained = {"train": False} if role == "user" else {}
-        return [{**untrained, **item} if isinstance(item, dict) else item for item in value]
+        return [_untrained(item) if role == "user" and isinstance(item, dict) else item for item in value]
     return [{"role": role, "content": cells.needed_text(name)}]
+
+
+def _untrained(message: Mapping[str, Any]) -> dict[str, Any]:
+    """The message with `train: false`, unless it says itself: a null says nothing."""
+    return {**message, "train": False} if message.get("train") is None else dict(message)
 
 
 def _from_text(row: Row, cells: _Cells) -> Conversation:
@@ -326,8 +329,8 @@ def _token_weights(name: str, values: Sequence[int | float], ids: Sequence[int])
                 raise RowProblem("bad_tokens", found)
         return [0.0 if label == IGNORED_LABEL else 1.0 for label in values]
     for value in values:
-        if not math.isfinite(value) or value < 0 or (name == "mask" and value not in (0, 1)):
-            raise RowProblem("bad_tokens", f"{name} has the value {value}")
+        if not is_weight(value) or (name == "mask" and value not in (0, 1)):
+            raise RowProblem("bad_tokens", f"{name} has the value {shorten(value)}")
     return [float(value) for value in values]
 
 

@@ -92,8 +92,9 @@ def _is_json_lines(head: bytes) -> bool:
     return True
 
 
-WRAPPERS = ("data", "rows", "examples", "instances", "train")
-"""Keys under which a JSON object holds its rows, besides the split's name."""
+WRAPPERS = ("data", "rows", "examples", "instances")
+"""Keys under which a JSON object holds its rows, besides the split's name. No split is among them: rows to
+train on are no stand-in for a validation split of another spelling."""
 
 
 def _wrapped_rows(value: Mapping[str, Any], split: str) -> list[Any] | None:
@@ -168,6 +169,7 @@ class JsonArray:
             raise ValueError("no array here")
         self._advance(1)
         if self._peek(text) == "]":
+            self._finish(text)
             return
         line_before = 1
         for index in itertools.count():
@@ -179,10 +181,17 @@ class JsonArray:
             yield object_row(value, self._source, place, problem)
             mark = self._peek(text)
             if mark == "]":
+                self._finish(text)
                 return
             if mark != ",":
                 raise ValueError(f"a comma or ] is missing before {shorten(mark)}" if mark else "cut off")
             self._advance(1)
+
+    def _finish(self, text: io.TextIOBase) -> None:
+        """Nothing may follow the array: files put end to end would lose all rows but the first one's."""
+        self._advance(1)
+        if rest := self._peek(text):
+            raise ValueError(f"the array ends, but {shorten(rest)} follows; two files put end to end?")
 
     def _decode(self, text: io.TextIOBase) -> tuple[Any, RowProblem | None]:
         grow = CHUNK_CHARACTERS

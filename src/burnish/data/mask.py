@@ -35,7 +35,7 @@ from burnish.data.fit import (
     truncated,
     without_idle,
 )
-from burnish.data.problems import RowProblem
+from burnish.data.problems import RowProblem, shorten
 from burnish.data.render import ChatRenderer, Span
 from burnish.data.tiling import TextTokenizer
 from burnish.data.weights import token_weights
@@ -229,16 +229,18 @@ class Encoder:
     def _given_tokens(
         self, conversation: Conversation
     ) -> tuple[Int32[np.ndarray, " tokens"], Float32[np.ndarray, " tokens"]]:
-        given = np.asarray(conversation.token_ids, np.int64)
-        beyond = given[(given < 0) | (given >= self._num_embeddings)]
-        if len(beyond):
+        ids = conversation.token_ids or ()
+        # Looked at before they become an array: an integer of a file may be too large for any.
+        if max(ids, default=0) >= self._num_embeddings or min(ids, default=0) < 0:
+            beyond = next(i for i in ids if not 0 <= i < self._num_embeddings)
             raise RowProblem(
                 "token_out_of_range",
-                f"token {beyond[0]} is beyond the vocabulary of {self._num_embeddings} tokens",
+                f"token {shorten(beyond)} is beyond the vocabulary of {self._num_embeddings} tokens",
             )
+        given = np.asarray(ids, np.int32)
         if conversation.token_weights is None:
-            return given.astype(np.int32), np.ones(len(given), np.float32)
-        return given.astype(np.int32), np.asarray(conversation.token_weights, np.float32)
+            return given, np.ones(len(given), np.float32)
+        return given, np.asarray(conversation.token_weights, np.float32)
 
     # -- from tokens to examples that fit -----------------------------------------------------------
 

@@ -7,7 +7,6 @@ OpenAI's shape (`role`, `content`, `tool_calls`) and ShareGPT's (`from`, `value`
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -48,6 +47,8 @@ _CONTENT_KEYS = ("content", "value")
 _TRAIN_KEYS = ("train", "training")
 _WEIGHT_KEYS = ("weight", "loss_weight")
 _REASONING_KEYS = ("reasoning_content", "thinking", "reasoning")
+_MAX_WEIGHT = 3.4e38
+"""Just below the largest float32."""
 _CONSUMED = frozenset(
     (
         *_ROLE_KEYS,
@@ -164,9 +165,14 @@ def _training(value: Mapping[str, Any], where: str) -> tuple[bool | None, float]
         return train, 1.0
     if isinstance(weight, bool) or not isinstance(weight, (int, float)):
         raise RowProblem("bad_weight", f"{where} has weight: {shorten(weight)}")
-    if not math.isfinite(weight) or weight < 0:
-        raise RowProblem("bad_weight", f"{where} has weight: {weight}")
+    if not is_weight(weight):
+        raise RowProblem("bad_weight", f"{where} has weight: {shorten(weight)}")
     return train, float(weight)
+
+
+def is_weight(value: int | float) -> bool:
+    """Whether a token can have this weight: 0 or more, and finite as the float32 that is stored."""
+    return 0 <= value <= _MAX_WEIGHT  # compared as they are: NaN fails, and no integer is too large to
 
 
 def ordered_turns(messages: list[Message], mender: Mender) -> list[Message]:
@@ -200,7 +206,7 @@ def _joined(messages: list[Message], mender: Mender) -> list[Message]:
         if before is None or before.role != message.role or message.role == "tool":
             joined.append(message)  # results of parallel calls follow each other rightly
             continue
-        if message.role == "assistant" and message.content is None and _same_training(before, message):
+        if message.role == "assistant" and _only_calls_more(before, message):
             joined[-1] = _with_calls(before, message)  # ShareGPT splits a turn that talks and calls
             continue
         mender.mend("repeated_role", f"messages {index} and {index + 1} are both the {message.role}'s")
@@ -210,6 +216,13 @@ def _joined(messages: list[Message], mender: Mender) -> list[Message]:
 
 def _same_training(a: Message, b: Message) -> bool:
     return (a.train, a.weight) == (b.train, b.weight)
+
+
+def _only_calls_more(talk: Message, call: Message) -> bool:
+    """Whether the second message only adds tool calls, and says nothing else that differs from the first."""
+    said = {key: value for key, value in call.extra.items() if key != "tool_calls"}
+    is_new = all(talk.extra.get(key, value) == value for key, value in said.items())
+    return call.content is None and "tool_calls" in call.extra and is_new and _same_training(talk, call)
 
 
 def _with_calls(talk: Message, call: Message) -> Message:
