@@ -154,6 +154,8 @@ def test_folders_globs_and_splits(tmp_path):
         (tmp_path / name).write_text(json.dumps({"text": name}) + "\n")
     assert [v["text"] for v in values(tmp_path)] == ["a.jsonl", "b.jsonl"]
     assert [v["text"] for v in values(f"{tmp_path}/*.jsonl")] == ["a.jsonl", "b.jsonl"]
+    with pytest.raises(DataError, match="no files of split 'test'; none is named after a split"):
+        values(tmp_path, split="test")
     (tmp_path / "train-00001.jsonl").write_text('{"text": "train"}')
     (tmp_path / "my_test.jsonl").write_text('{"text": "test"}')
     assert [v["text"] for v in values(tmp_path)] == ["train"]

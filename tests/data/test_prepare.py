@@ -220,6 +220,31 @@ def test_twins_are_held_out_together(tmp_path):
     assert prepared.report["duplicate_rows"]["rows"] == 72
 
 
+def test_twins_of_other_formats_and_weights_are_held_out_together(tmp_path):
+    def message(role: str, text: str, **keys) -> dict:
+        return {"role": role, "content": text, **keys}
+
+    pairs = [(f"Say {i}", f"{i} " * (i % 5 + 1)) for i in range(40)]
+    twins = {
+        "plain": [{"prompt": q, "completion": a} for q, a in pairs],
+        "sides": [
+            {"prompt": [message("user", q)], "completion": [message("assistant", a)]} for q, a in pairs
+        ],
+        "half": [{"messages": [message("user", q), message("assistant", a, weight=0.5)]} for q, a in pairs],
+    }
+    paths = [write(tmp_path / f"{name}.jsonl", values) for name, values in twins.items()]
+    prepared = run(tmp_path, *paths, eval_fraction=0.2)
+    assert prepared.eval is not None
+    read = [{tuple(ids) for _, _, ids, _ in listed(store)} for store in (prepared.train, prepared.eval)]
+    assert read[0].isdisjoint(read[1]) and len(prepared.eval) == 24
+
+    tokens = [{"input_ids": [i, 5, 6], "labels": [-100, 5, 6]} for i in range(10, 30)]
+    masked = [{**row, "labels": [-100, -100, 6]} for row in tokens]
+    paths = [write(tmp_path / "whole.jsonl", tokens), write(tmp_path / "masked.jsonl", masked)]
+    prepared = run(tmp_path, *paths, eval_fraction=0.2)
+    assert prepared.eval is not None and len(prepared.eval) == 8
+
+
 def test_something_is_held_out_and_something_is_left():
     hashes = np.array([5, 5, 5, 9], np.uint64)
     for seed in range(8):

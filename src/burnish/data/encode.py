@@ -209,10 +209,14 @@ def _message_texts(message: Mapping[str, Any]) -> Iterator[tuple[str, bool]]:
 
 
 def row_hash(conversation: Conversation) -> int:
-    """128 bits that are equal for rows of equal content, wherever they stand."""
+    """128 bits that are equal for rows of equal content, wherever they stand and whatever their format.
+
+    What is trained on, and how much, is no part of it: a row that is read by the model in training is no row
+    to evaluate on. A prompt of messages is untrained, for one, and the same conversation elsewhere is not.
+    """
     if conversation.messages is not None:
-        messages = [(m.role, m.content, m.extra, m.train, m.weight) for m in conversation.messages]
+        messages = [(m.role, m.content, m.extra) for m in conversation.messages]
         content = repr((messages, conversation.tools, conversation.template_kwargs))
     else:
-        content = repr((conversation.text, conversation.token_ids, conversation.token_weights))
+        content = repr((conversation.text, conversation.token_ids))
     return xxhash.xxh3_128_intdigest(content.encode("utf-8", errors="surrogatepass"))

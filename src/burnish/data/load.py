@@ -159,9 +159,15 @@ def _folder_files(folder: Path, split: str) -> list[Path]:
         raise DataError(Problem(str(folder), "no file in this folder holds rows", "Give a file or a glob."))
     splits = {file: _split_of(file.relative_to(folder)) for file in files}
     named = {name for name in splits.values() if name}
-    if not named:
-        return files
     wanted = SPLIT_WORDS.get(split, split)
+    if not named:
+        # A JSON file may hold its splits inside. Any other is all there is: no rows to call a test split.
+        if wanted == "train" or any(row_kind(file) == "json" for file in files):
+            return files
+        cure = "Put the split into the files' names, or give the files of it as path and leave out split."
+        raise DataError(
+            Problem(str(folder), f"no files of split {split!r}; none is named after a split", cure)
+        )
     if wanted not in named:
         found = f"its files are named after other splits: {', '.join(sorted(named))}"
         raise DataError(
