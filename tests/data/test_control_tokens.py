@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 from tokenizers_on_the_spot import byte_level, llama2_kind
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from burnish.config.schema import DataConfig
 from burnish.data.mask import Encoded, Encoder
@@ -99,6 +100,19 @@ def test_all_other_tokens_come_out_as_ever() -> None:
     trained = [e.token_ids[e.trained].tolist() for e in (typed.example, usual.example)]
     assert trained[0] == trained[1]
     assert tokenizer.decode(trained[0]) == text + "<|im_end|>"
+
+
+def test_a_letter_that_the_tokenizer_does_not_know_is_no_control_token() -> None:
+    backend = Tokenizer(models.WordLevel({"[UNK]": 0, "a": 1, "c": 2}, unk_token="[UNK]"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    backend.add_tokens([AddedToken(t, special=True, normalized=False) for t in ("[UNK]", "<s>", "</s>")])
+    for eos in ("</s>", "[UNK]"):
+        tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=eos, unk_token="[UNK]")
+        encoder = Encoder(tokenizer, None, DataConfig.model_validate({"train": ["d.jsonl"]}))
+        for text in ("a </s> c", "a </s> \U0001f600 c", "a [UNK] c"):
+            example = encoder.encode([Conversation("s", "s:1", text=text)])[0].example
+            assert example is not None and example.token_ids[-1] == tokenizer.eos_token_id
+            assert tokenizer.convert_tokens_to_ids("</s>") not in example.token_ids[:-1]
 
 
 def test_tags_of_leading_reasoning_are_structure() -> None:

@@ -13,6 +13,7 @@ Rows without a typed control token, nearly all, skip this.
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -46,7 +47,7 @@ class Aliased:
     aliased_starts: Int64[np.ndarray, " parts"]
     """… and where the same parts start in `text`."""
     num_real: int
-    """Control tokens that the template wrote."""
+    """Control tokens that the template wrote, as `ControlTokens.num_control` counts them."""
 
     def position(self, rendered: int) -> int:
         """A character position of the rendered text, in `text`; never inside a swapped token."""
@@ -139,7 +140,7 @@ class ControlTokens:
                 swapped = self.names[ord(token) - _FIRST_TYPED]
             else:
                 swapped = chr(_FIRST_REAL + number)
-                num_real += 1
+                num_real += token != self._unknown
             between = rendered[position : match.start()]
             parts += [between, swapped]
             length += len(between)
@@ -160,8 +161,18 @@ class ControlTokens:
         return [(real_ids[np.array(e.ids, np.int64)], e) for e in encodings]
 
     def num_control(self, ids: Int32[np.ndarray, " tokens"]) -> int:
-        """How many of the ids are control tokens."""
-        return int(np.isin(ids, np.array(list(self._ids.values()), np.int64)).sum())
+        """How many of the ids are control tokens, but for the one that stands for unknown letters: it comes
+        of ordinary text, and ends no turn."""
+        counted = [i for name, i in self._ids.items() if name != self._unknown]
+        return int(np.isin(ids, np.array(counted, np.int64)).sum())
+
+    @functools.cached_property
+    def _unknown(self) -> str | None:
+        """What the tokenizer writes for letters that it does not know; None where it knows all."""
+        model = json.loads(self._backend.to_str())["model"]
+        if model.get("unk_id") is not None:  # Unigram names it by its number
+            return self._backend.id_to_token(model["unk_id"])
+        return model.get("unk_token")
 
     def _make_copy(self) -> Tokenizer:
         """The tokenizer with its control tokens renamed, in the list of added tokens and wherever

@@ -247,8 +247,9 @@ class Encoder:
     def _finish(
         self, job: _Job, ids: Int32[np.ndarray, " tokens"], weights: Float32[np.ndarray, " tokens"]
     ) -> list[Encoded]:
-        if job.aliased is not None and self._control.num_control(ids) != job.aliased.num_real + (
-            (len(self._bos) + (self._eos is not None)) if job.is_plain else 0
+        around = [*self._bos, *(() if self._eos is None else (self._eos,))] if job.is_plain else []
+        if job.aliased is not None and self._control.num_control(ids) != (
+            job.aliased.num_real + self._control.num_control(np.array(around, np.int32))
         ):
             what = "the tokenizer makes a control token of ordinary letters, so they cannot be escaped"
             return [Encoded(job.index, None, RowProblem("control_tokens", what))]
