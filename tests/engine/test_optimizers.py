@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import nn
 
+from breadth.families import build
 from burnish.config.schema import OptimConfig
 from burnish.data.collate import collate
 from burnish.engine.build import parameter_dtype
@@ -180,6 +181,30 @@ def test_rates_by_part() -> None:
         assert group["lr_factor"] == expected
         assert all(("lora_B" in names[id(p)]) == (expected == 16.0) for p in group["params"])
     assert sum(len(g["params"]) for g in groups) == len([p for p in model.parameters() if p.requires_grad])
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "exempt"),
+    [
+        ("gpt_oss", {}, ("experts.gate_up_proj_bias", "experts.down_proj_bias")),
+        ("cohere", {"use_qk_norm": True}, ("q_norm.weight", "k_norm.weight")),
+    ],
+)
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_norms_and_biases_of_two_dimensions_are_exempt_too(
+    name: str, family: str, changes: dict[str, Any], exempt: tuple[str, ...]
+) -> None:
+    """A table of the experts' biases or of the heads' scales is no matrix to decay or to orthogonalize."""
+    model = build(family, **changes)
+    named = {id(p): (n, p) for n, p in model.named_parameters()}
+    found = set()
+    for group in build_param_groups(model, OptimConfig(name=name, weight_decay=0.5)):
+        for path, parameter in (named[id(p)] for p in group["params"]):
+            spared = parameter.dim() == 1 or path.endswith(exempt)
+            found |= {end for end in exempt if path.endswith(end) and parameter.dim() == 2}
+            assert (group["weight_decay"] == 0.0) == spared, path
+            assert not (spared and group["orthogonal"]), path
+    assert found == set(exempt)
 
 
 @pytest.mark.parametrize("later", [(2.0, 0.5), (0.5, 0.5), (1.0, 1.0)])

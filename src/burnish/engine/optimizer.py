@@ -19,9 +19,9 @@ from burnish.errors import ConfigError, Problem
 def build_param_groups(model: nn.Module, optim: OptimConfig) -> list[dict[str, Any]]:
     """Split the trainable parameters by what they get: decay or not, their rate's factor, Muon or AdamW.
 
-    Weight decay pulls matrices towards zero; on norms' scales and on biases (one dimension) it
-    only fights the data, so they are exempt. Muon is for the matrices between embeddings and head,
-    which are lists of vectors rather than maps.
+    Weight decay pulls matrices towards zero; on norms' scales and on biases it only fights the data,
+    so they are exempt. Muon is for the matrices between embeddings and head, which are lists of
+    vectors rather than maps.
 
     Returns:
         Groups for `torch.optim`, none empty, each in the model's own order.
@@ -36,8 +36,8 @@ def build_param_groups(model: nn.Module, optim: OptimConfig) -> list[dict[str, A
     parts = parts_of([name for name, _ in trainable], optim)
     lists_of_vectors = _embeddings_and_heads(model) if optim.name == "muon" else set()
     groups: dict[tuple[bool, int, bool], list[nn.Parameter]] = {}
-    for (_, parameter), part in zip(trainable, parts, strict=True):
-        is_matrix = _num_dimensions(parameter) >= 2
+    for (name, parameter), part in zip(trainable, parts, strict=True):
+        is_matrix = _num_dimensions(parameter) >= 2 and not _is_norm_or_bias(model, name)
         orthogonal = optim.name == "muon" and is_matrix and id(parameter) not in lists_of_vectors
         groups.setdefault((is_matrix, part, orthogonal), []).append(parameter)
     factors = [1.0, *optim.group_lr.values()]
@@ -80,6 +80,14 @@ def _embeddings_and_heads(model: nn.Module) -> set[int]:
     heads = [inner.get_output_embeddings() for inner in models]
     embeddings = [module for module in model.modules() if isinstance(module, nn.Embedding)]
     return {id(p) for layer in (*heads, *embeddings) if layer is not None for p in layer.parameters()}
+
+
+def _is_norm_or_bias(model: nn.Module, name: str) -> bool:
+    """By its name or its module's. Dimensions do not tell: fused experts keep their biases in one table
+    (gpt-oss), and a norm may have scales for each head (Cohere).
+    """
+    owner, _, last = name.rpartition(".")
+    return "bias" in last.split("_") or type(model.get_submodule(owner)).__name__.endswith("Norm")
 
 
 def _num_dimensions(parameter: nn.Parameter) -> int:
