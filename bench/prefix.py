@@ -33,7 +33,8 @@ from burnish.data.windows import WindowPlan, plan_windows
 from burnish.engine.local import LocalEngine
 from burnish.host_memory import keep_freed_memory
 from burnish.model.attention import can_isolate
-from burnish.model.forward import SupervisedModel, to_device
+from burnish.model.device_batch import to_device
+from burnish.model.forward import SupervisedModel
 from burnish.plan import CostModel
 from burnish.records import Example
 from burnish.runtime import Ranks

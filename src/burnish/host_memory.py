@@ -56,7 +56,7 @@ def resident_bytes() -> int | None:
 
 _KERNEL_CACHES = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")
 """Variables that bound oneDNN's cache of compiled products, and that of torch's layer above it (ideep)."""
-_KEPT_KERNELS = 48
+_KEPT_KERNELS = 160
 """A layer's forward and backward have up to 30 with adapters; what a step leaves is seldom met again."""
 
 

@@ -23,7 +23,8 @@ from burnish.errors import ConfigError
 from burnish.model.adapt import adapt
 from burnish.model.anatomy import causal_model
 from burnish.model.attention import Capability, can_isolate
-from burnish.model.forward import SupervisedModel, to_device
+from burnish.model.device_batch import to_device
+from burnish.model.forward import SupervisedModel
 from burnish.model.surrogate import REFUSALS
 from burnish.records import NO_TARGET
 

@@ -26,7 +26,8 @@ from burnish.model import document_attention
 from burnish.model.adapt import adapt
 from burnish.model.attention import can_isolate
 from burnish.model.compiled import compile_layers
-from burnish.model.forward import SupervisedModel, to_device
+from burnish.model.device_batch import to_device
+from burnish.model.forward import SupervisedModel
 
 COMPILE = torch.nn.Module.compile
 KERNEL_FOR = document_attention.kernel_for

@@ -19,7 +19,8 @@ from burnish.config.schema import AdapterConfig
 from burnish.model.adapt import adapt
 from burnish.model.anatomy import body_of, causal_model
 from burnish.model.attention import can_isolate
-from burnish.model.forward import SupervisedModel, to_device
+from burnish.model.device_batch import to_device
+from burnish.model.forward import SupervisedModel
 from burnish.model.last_layer import MOST_SUPERVISED, last_layer, supervised_rows, verify_last_layer
 from burnish.model.objective import Objective
 from burnish.model.recompute import Level

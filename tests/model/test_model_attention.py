@@ -11,13 +11,14 @@ from breadth.families import build as build_family
 from burnish.errors import ConfigError, MachineError
 from burnish.model import document_attention as ours
 from burnish.model.attention import can_isolate, verify_isolation
+from burnish.model.device_batch import to_device
 from burnish.model.document_attention import (
     ATTENTION_NAME,
     document_attention,
     document_mask,
     register_attention,
 )
-from burnish.model.forward import SupervisedModel, to_device
+from burnish.model.forward import SupervisedModel
 from burnish.model.surrogate import build_surrogate
 from burnish.model.windows_asked import windows_disagree
 

@@ -32,7 +32,8 @@ from burnish.errors import ConfigError
 from burnish.model import adapt as adapt_module
 from burnish.model.adapt import adapt
 from burnish.model.attention import can_isolate
-from burnish.model.forward import SupervisedModel, to_device
+from burnish.model.device_batch import to_device
+from burnish.model.forward import SupervisedModel
 from burnish.model.objective import Objective
 from burnish.plan import ModelShape, estimate_memory
 

@@ -13,8 +13,9 @@ from burnish.errors import ConfigError
 from burnish.model import head as head_module
 from burnish.model.adapt import adapt
 from burnish.model.attention import can_isolate
+from burnish.model.device_batch import to_device
 from burnish.model.extras import balancing_loss
-from burnish.model.forward import SupervisedModel, to_device
+from burnish.model.forward import SupervisedModel
 from burnish.model.head import HeadShape, supervised_loss
 from burnish.model.objective import Objective
 

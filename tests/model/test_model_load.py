@@ -14,7 +14,8 @@ from burnish.config.stored_weights import cannot_train_stored
 from burnish.errors import ConfigError, MachineError
 from burnish.model.adapt import adapt
 from burnish.model.attention import can_isolate
-from burnish.model.forward import SupervisedModel, to_device
+from burnish.model.device_batch import to_device
+from burnish.model.forward import SupervisedModel
 from burnish.model.load import load_model
 
 

@@ -9,7 +9,8 @@ from burnish.config.schema import AdapterConfig
 from burnish.model.adapt import adapt
 from burnish.model.anatomy import causal_model
 from burnish.model.attention import can_isolate
-from burnish.model.forward import SupervisedModel, to_device
+from burnish.model.device_batch import to_device
+from burnish.model.forward import SupervisedModel
 
 CPU = torch.device("cpu")
 PADDED = {"mamba"}

@@ -16,7 +16,8 @@ from burnish.errors import ConfigError
 from burnish.model import tiling
 from burnish.model.adapt import adapt
 from burnish.model.attention import can_isolate
-from burnish.model.forward import SupervisedModel, to_device
+from burnish.model.device_batch import to_device
+from burnish.model.forward import SupervisedModel
 from burnish.model.recompute import Level
 from burnish.model.tiling import tiled_modules
 

@@ -16,8 +16,9 @@ from burnish.model import varlen as kernels
 from burnish.model.adapt import adapt
 from burnish.model.anatomy import causal_model
 from burnish.model.attention import can_isolate
+from burnish.model.device_batch import to_device
 from burnish.model.document_attention import document_attention
-from burnish.model.forward import SupervisedModel, to_device
+from burnish.model.forward import SupervisedModel
 from burnish.model.prefix_attention import prefix_mask, prefix_numbers, shared_varlen_attention
 from burnish.records import Example
 

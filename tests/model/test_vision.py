@@ -12,8 +12,9 @@ from burnish.config.schema import AdapterConfig, Config, ModelConfig
 from burnish.errors import ConfigError
 from burnish.model.adapt import adapt
 from burnish.model.attention import can_isolate
+from burnish.model.device_batch import to_device
 from burnish.model.foresee import shape_of
-from burnish.model.forward import SupervisedModel, to_device
+from burnish.model.forward import SupervisedModel
 from burnish.model.load import load_model, load_model_config
 from burnish.model.surrogate import build_surrogate
 from burnish.model.vision import kept_names

@@ -13,7 +13,8 @@ from burnish.config.schema import AdapterConfig, ModelConfig
 from burnish.errors import ConfigError
 from burnish.model.adapt import adapt
 from burnish.model.attention import can_isolate
-from burnish.model.forward import SupervisedModel, to_device
+from burnish.model.device_batch import to_device
+from burnish.model.forward import SupervisedModel
 from burnish.model.load import load_model
 from burnish.model.vocabulary import token_rows, train_tokens
 from burnish.records import Vocabulary

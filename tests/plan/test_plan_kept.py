@@ -13,7 +13,8 @@ from burnish.config.schema import AdapterConfig
 from burnish.data.collate import collate
 from burnish.model.adapt import adapt
 from burnish.model.attention import can_isolate
-from burnish.model.forward import SupervisedModel, to_device
+from burnish.model.device_batch import to_device
+from burnish.model.forward import SupervisedModel
 from burnish.plan.activations import Forward, layer_bytes_per_token
 from burnish.plan.shapes import ModelShape
 from burnish.records import Example

@@ -73,11 +73,12 @@ from burnish.engine.gradients import clip_gradients, finite_on_all_ranks, global
 from burnish.engine.muon import MuonAdamW
 from burnish.engine.optimizer import build_optimizer, set_learning_rate
 from burnish.engine.phases import PhaseClock
-from burnish.engine.precision import LossScale
+from burnish.engine.precision import LossScale, compiles_products
 from burnish.engine.state_files import exported_weights
 from burnish.errors import CheckpointError, ConfigError, MachineError, Problem, counted
+from burnish.model.device_batch import to_device
 from burnish.model.foresee import largest_parameter
-from burnish.model.forward import SupervisedModel, to_device
+from burnish.model.forward import SupervisedModel
 from burnish.model.load import COMPUTE_DTYPES
 from burnish.model.tiling import tiled_modules
 from burnish.records import MicroBatch
@@ -172,6 +173,8 @@ class DeepSpeedEngine(Engine):
         _check_settings(config)
         self._ranks = ranks
         self._device = device
+        compute_dtype = torch.float32 if runs_in_fp32(config) else COMPUTE_DTYPES[config.model.dtype]
+        self._fill_up = compiles_products(device, compute_dtype)
         self._clock = PhaseClock(device)
         self._run_dir = Path(config.output_dir)
         self._stage = config.engine.zero_stage
@@ -190,7 +193,7 @@ class DeepSpeedEngine(Engine):
             raise ConfigError(problem)
         self._optimizer = build_optimizer(model, config.optim)
         groups = [list(group["params"]) for group in self._optimizer.param_groups]
-        precise = {} if runs_in_fp32(config) else round_weights(model, COMPUTE_DTYPES[config.model.dtype])
+        precise = {} if compute_dtype == torch.float32 else round_weights(model, compute_dtype)
         with without_prints():
             self._engine: Any = deepspeed.initialize(
                 model=model,
@@ -242,7 +245,7 @@ class DeepSpeedEngine(Engine):
     def forward_backward(self, micro_batch: MicroBatch, total_weight: float) -> Float[torch.Tensor, ""]:
         """See `Engine.forward_backward`."""
         with self._clock.phase("forward"):
-            nll_sum = self._engine(to_device(micro_batch, self._device))
+            nll_sum = self._engine(to_device(micro_batch, self._device, self._fill_up))
         with self._clock.phase("backward"):
             loss = nll_sum / total_weight * self._ranks.world_size
             if self._stage == 0:
@@ -290,7 +293,8 @@ class DeepSpeedEngine(Engine):
         """See `Engine.evaluate`."""
         self._engine.eval()
         try:
-            return self._engine(to_device(micro_batch, self._device), per_document=True).float()
+            batch = to_device(micro_batch, self._device, self._fill_up)
+            return self._engine(batch, per_document=True).float()
         finally:
             self._engine.train()
 

@@ -21,7 +21,7 @@ from burnish.engine.base import Engine, Scorer, StepResult
 from burnish.engine.gradients import clip_gradients, finite_on_all_ranks, global_grad_norm, sum_gradients
 from burnish.engine.optimizer import build_optimizer, set_learning_rate
 from burnish.engine.phases import PhaseClock
-from burnish.engine.precision import LossScale, autocast
+from burnish.engine.precision import LossScale, autocast, compiles_products
 from burnish.engine.state_files import (
     copy_exactly,
     exported_weights,
@@ -32,7 +32,8 @@ from burnish.engine.state_files import (
     write_tensors,
 )
 from burnish.errors import CheckpointError, Problem
-from burnish.model.forward import SupervisedModel, to_device
+from burnish.model.device_batch import to_device
+from burnish.model.forward import SupervisedModel
 from burnish.records import MicroBatch
 from burnish.runtime import Ranks
 
@@ -55,6 +56,7 @@ class LocalScorer(Scorer):
         self._model = model.to(device)
         self._device = device
         self._compute_dtype = compute_dtype
+        self._fill_up = compiles_products(device, compute_dtype)
 
     @property
     def device(self) -> torch.device:
@@ -68,7 +70,8 @@ class LocalScorer(Scorer):
         self._model.eval()
         try:
             with autocast(self._device, self._compute_dtype):
-                return self._model(to_device(micro_batch, self._device), per_document=True).float()
+                batch = to_device(micro_batch, self._device, self._fill_up)
+                return self._model(batch, per_document=True).float()
         finally:
             self._model.train(was_training)
 
@@ -100,6 +103,7 @@ class LocalEngine(Engine):
         self._ranks = ranks
         self._device = device
         self._compute_dtype = compute_dtype
+        self._fill_up = compiles_products(device, compute_dtype)
         self._adapter_only = adapter_only
         self._max_grad_norm = optim.max_grad_norm
         self._scorer = LocalScorer(self._model, device=device, compute_dtype=compute_dtype)
@@ -118,7 +122,7 @@ class LocalEngine(Engine):
     def forward_backward(self, micro_batch: MicroBatch, total_weight: float) -> Float[torch.Tensor, ""]:
         """See `Engine.forward_backward`."""
         with self._clock.phase("forward"), autocast(self._device, self._compute_dtype):
-            nll_sum = self._model(to_device(micro_batch, self._device))
+            nll_sum = self._model(to_device(micro_batch, self._device, self._fill_up))
         with self._clock.phase("backward"):
             (nll_sum / total_weight * self._scale.value).backward()
         return nll_sum.detach()

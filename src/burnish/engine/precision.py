@@ -22,6 +22,11 @@ def autocast(device: torch.device, compute_dtype: torch.dtype) -> contextlib.Abs
     return torch.autocast(device.type, dtype=compute_dtype)
 
 
+def compiles_products(device: torch.device, compute_dtype: torch.dtype) -> bool:
+    """Whether products are compiled for each size (`model/device_batch.py`): in 16 bits on a CPU."""
+    return device.type == "cpu" and compute_dtype != torch.float32
+
+
 @final
 class LossScale:
     """fp16's dynamic loss scale (Micikevicius et al., 2018, section 3.2), the same on every rank and engine.

@@ -21,8 +21,10 @@ from jaxtyping import Float, Int32
 from torch import nn
 
 from burnish.model.cpu_kernel import causal_mask, document_flash_attention
+from burnish.model.native.attend import Segments, attend, can_attend
 from burnish.model.prefix_attention import (
     is_prefix_mask,
+    paths_of,
     segments_of,
     shared_flash_attention,
     shared_varlen_attention,
@@ -44,7 +46,7 @@ _WITHOUT_EFFECT = frozenset(
 _READS_BOUNDS = "numbers of tokens are read from a tensor"
 """Why a compiled layer calls these as they are."""
 
-Kernel = Literal["flash_cpu", "varlen"]
+Kernel = Literal["native", "flash_cpu", "varlen"]
 DocumentMask = Int32[torch.Tensor, "1 1 longest bounds"]
 
 
@@ -140,6 +142,8 @@ def document_attention(  # noqa: PLR0913, PLR0917 (transformers calls it by thes
     if query.shape[0] != 1 or query.shape[2] != key.shape[2]:
         raise UnsupportedAttentionError("packed documents need one row and as many keys as queries")
     kernel = kernel_for(query, value) if scores.plain else None
+    if kernel == "native":
+        return _native(query, key, value, attention_mask, scores), None
     if is_prefix_mask(attention_mask):
         return _with_prefixes(query, key, value, attention_mask, scores, kernel), None
     if kernel == "flash_cpu":
@@ -152,6 +156,8 @@ def document_attention(  # noqa: PLR0913, PLR0917 (transformers calls it by thes
 def kernel_for(query: torch.Tensor, value: torch.Tensor) -> Kernel | None:
     """Which kernel knows documents where these queries and values are; None where none does."""
     if query.device.type == "cpu":
+        if can_attend(query, value):
+            return "native"
         return "flash_cpu" if query.shape[-1] == value.shape[-1] else None
     return "varlen" if query.device.type == "cuda" and fits_varlen(query, value) else None
 
@@ -176,6 +182,15 @@ def _without_documents(
         num_queries, num_keys = query.shape[2], key.shape[2]
         mask = causal_mask(num_keys, None, query.device)[num_keys - num_queries :]
     return _written_out(query, key, value, mask, scores), None
+
+
+@torch.compiler.disable(reason=_READS_BOUNDS)
+def _native(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor, scores: Scores
+) -> Float[torch.Tensor, "1 tokens heads width"]:
+    """Our own kernel, for bf16 on CPUs that multiply it in hardware; shared beginnings too."""
+    segments = paths_of(mask) if is_prefix_mask(mask) else Segments.of_documents(mask[0, 0, 0])
+    return attend(query, key, value, segments, scores.scale, scores.window)
 
 
 @torch.compiler.disable(reason=_READS_BOUNDS)

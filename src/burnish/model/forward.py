@@ -1,7 +1,6 @@
 """From a micro-batch to its loss: the one module that engines wrap.
 
-A `MicroBatch` becomes tensors (`to_device`), those become hidden states, and only the supervised ones
-reach the head.
+A `DeviceBatch` becomes hidden states, and only the supervised ones reach the head.
 """
 
 from __future__ import annotations
@@ -9,12 +8,10 @@ from __future__ import annotations
 import contextlib
 import inspect
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any, final
 
-import numpy as np
 import torch
-from jaxtyping import Float32, Int64
+from jaxtyping import Float32
 from torch import nn
 from torch.nn import functional
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -22,93 +19,12 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from burnish.errors import ConfigError, Problem
 from burnish.model.anatomy import Head, body_of, causal_model, head_layer, head_of
 from burnish.model.attention import Capability
-from burnish.model.document_attention import document_mask
+from burnish.model.device_batch import DeviceBatch
 from burnish.model.extras import Balance, balancing_loss, noisy_embeddings
 from burnish.model.head import supervised_loss, token_nll
 from burnish.model.last_layer import MOST_SUPERVISED, last_layer, supervised_rows
 from burnish.model.objective import PLAIN, Objective
-from burnish.model.prefix_attention import is_prefix_mask, prefix_mask, prefix_numbers
-from burnish.records import NO_TARGET, MicroBatch, SharedRow
-from burnish.runtime import send_array
-
-
-@dataclass(frozen=True)
-class DeviceBatch:
-    """A `MicroBatch` on the device. Everything whose size depends on data was counted on the host,
-    so that the forward never waits for the device."""
-
-    token_ids: Int64[torch.Tensor, "rows columns"]
-    position_ids: Int64[torch.Tensor, "rows columns"]
-    attention_mask: torch.Tensor
-    """Packed: the boundaries (`document_mask`), or the segments where documents share their beginnings
-    (`prefix_mask`). Padded: 1 for tokens, 0 for padding, per row."""
-    supervised: Int64[torch.Tensor, " targets"]
-    """Where there is a target: numbers into the rows laid end to end."""
-    targets: Int64[torch.Tensor, " targets"]
-    weights: Float32[torch.Tensor, " targets"]
-    documents: Int64[torch.Tensor, " targets"]
-    """To which document each target belongs; 0 where documents share beginnings and targets with them."""
-    lengths: Int64[torch.Tensor, " documents"]
-    packed: bool
-
-    @property
-    def num_documents(self) -> int:
-        """Documents in the micro-batch."""
-        return len(self.lengths)
-
-    def document_of_tokens(self) -> Int64[torch.Tensor, "rows columns"]:
-        """To which document each position belongs, padding too."""
-        numbers = torch.arange(self.num_documents, device=self.lengths.device)
-        if not self.packed:
-            return numbers[:, None].expand(self.token_ids.shape)
-        size = self.token_ids.shape[1]  # known on the host, so that this does not wait for the device
-        return torch.repeat_interleave(numbers, self.lengths, output_size=size)[None]
-
-
-def to_device(micro_batch: MicroBatch, device: torch.device) -> DeviceBatch:
-    """Move a micro-batch to the device, its supervised positions gathered."""
-    if micro_batch.shared is not None:
-        return _shared_to_device(micro_batch, micro_batch.shared, device)
-    lengths = micro_batch.document_lengths
-    rows, columns = micro_batch.token_ids.shape
-    targets = micro_batch.targets.reshape(-1)
-    # A target of weight 0 adds nothing: it is not computed.
-    supervised = np.flatnonzero((targets != NO_TARGET) & (micro_batch.weights.reshape(-1) != 0))
-    if micro_batch.packed:
-        document_of = np.repeat(np.arange(len(lengths)), lengths)
-        bounds = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
-        mask = document_mask(send_array(bounds, device), int(lengths.max(initial=1)))
-    else:
-        document_of = np.repeat(np.arange(rows), columns)
-        tokens = np.arange(columns)[None, :] < lengths[:, None]
-        mask = send_array(tokens.astype(np.int64), device)
-    return DeviceBatch(
-        token_ids=send_array(micro_batch.token_ids, device),
-        position_ids=send_array(micro_batch.position_ids, device),
-        attention_mask=mask,
-        supervised=send_array(supervised.astype(np.int64), device),
-        targets=send_array(targets[supervised], device),
-        weights=send_array(micro_batch.weights.reshape(-1)[supervised], device),
-        documents=send_array(document_of[supervised + micro_batch.first_column].astype(np.int64), device),
-        lengths=send_array(lengths.astype(np.int64), device),
-        packed=micro_batch.packed,
-    )
-
-
-def _shared_to_device(micro_batch: MicroBatch, shared: SharedRow, device: torch.device) -> DeviceBatch:
-    lengths = micro_batch.document_lengths
-    numbers = send_array(prefix_numbers(shared.segments), device)
-    return DeviceBatch(
-        token_ids=send_array(micro_batch.token_ids, device),
-        position_ids=send_array(micro_batch.position_ids, device),
-        attention_mask=prefix_mask(numbers, shared.segments.shape[1], int(lengths.max())),
-        supervised=send_array(shared.columns, device),
-        targets=send_array(shared.targets, device),
-        weights=send_array(shared.weights, device),
-        documents=send_array(np.zeros(len(shared.columns), np.int64), device),
-        lengths=send_array(lengths.astype(np.int64), device),
-        packed=True,
-    )
+from burnish.model.prefix_attention import is_prefix_mask
 
 
 @final
@@ -267,6 +183,7 @@ class SupervisedModel(nn.Module):
         weights = batch.weights.new_zeros(batch.num_documents).index_add(0, batch.documents, batch.weights)
         if batch.packed:
             counted = torch.ones_like(batch.token_ids, dtype=torch.float32)
+            counted[:, batch.token_ids.shape[1] - batch.num_filled :] = 0
         else:
             counted = batch.attention_mask.float()
         documents = batch.document_of_tokens().reshape(-1)

@@ -15,6 +15,7 @@ import torch
 from jaxtyping import Float, Float32, Int64
 from torch.autograd.function import once_differentiable
 
+from burnish.model.native.rows import can_softmax_rows, softmax_rows
 from burnish.model.objective import PLAIN, Objective
 
 CHUNK_ROWS = 1024
@@ -113,11 +114,15 @@ class _Work:
         logits = hidden @ self.weight.T
         if self.bias is not None:
             logits += self.bias
+        of_nll = objective is None or not (objective.z_loss or objective.label_smoothing)
+        if of_nll and self.shape == HeadShape() and can_softmax_rows(logits):
+            softmax_rows(logits, targets, nll, gradient=objective is not None)
+            return logits
         for begin in range(0, len(targets), self.block_rows):
             rows = slice(begin, begin + self.block_rows)
             block, slope = self._shaped(logits[rows])
             at_target = targets[rows, None]
-            if objective is not None and not objective.z_loss and not objective.label_smoothing:
+            if objective is not None and of_nll:
                 nll[rows], shares = _nll_and_slope(block, at_target)
                 logits[rows] = shares if slope is None else shares.mul_(slope)
                 continue

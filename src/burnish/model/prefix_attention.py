@@ -4,7 +4,8 @@ The row is a tree of segments, depth first (`data/prefix_tree.py` has the pictur
 segment above its own, whole, and its own up to itself. So of two documents that begin alike each sees
 exactly the tokens it would see alone, and positions go on where the segment above ends.
 
-On the CPU, a segment takes two calls of aten's flash kernel: causal among its own tokens, and whole
+On a CPU in bf16 our own kernel does it in one go (`paths_of`). Else a segment takes two calls of aten's flash
+kernel: causal among its own tokens, and whole
 with the queries of all tokens below it, which are neighbours in the row. Parts of a softmax over disjoint
 keys are merged by their normalizers, and the kernel's backward, given the merged output and
 normalizer, gives each part's share of the gradient: the shares are `exp(score - normalizer)`.
@@ -23,6 +24,7 @@ import torch
 from jaxtyping import Float, Int32
 from torch.autograd.function import FunctionCtx, once_differentiable
 
+from burnish.model.native import attend as native
 from burnish.model.varlen import varlen
 
 _forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
@@ -85,6 +87,14 @@ def segments_of(mask: PrefixMask) -> Segments:
     num = mask.shape[1] - 1
     numbers = mask[0, 0, 0, : 3 * num].tolist()
     return Segments(*(tuple(numbers[i * num : (i + 1) * num]) for i in range(3)))
+
+
+def paths_of(mask: PrefixMask) -> native.Segments:
+    """The same as the kernel for bf16 on CPUs takes them: each segment with the columns of all above it."""
+    num, numbers = mask.shape[1] - 1, mask[0, 0, 0]
+    lengths = numbers[num : 2 * num] - numbers[:num]
+    key_bounds = numbers[3 * num : 4 * num + 1].contiguous()
+    return native.Segments(key_bounds, numbers[4 * num + 1 :].contiguous(), lengths, shared=True)
 
 
 def shared_flash_attention(

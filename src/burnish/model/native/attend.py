@@ -1,0 +1,216 @@
+"""Attention inside documents by our kernel: `attention.c` on torch's tensors."""
+
+from __future__ import annotations
+
+import ctypes
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import BFloat16, Float, Float32, Int32
+from torch.autograd.function import once_differentiable
+
+from burnish.model.native.build import kernels
+
+Heads = BFloat16[torch.Tensor, "1 heads tokens width"]
+KeyHeads = BFloat16[torch.Tensor, "1 key_heads tokens width"]
+
+_SCHEMA = (
+    "(Tensor query, Tensor key, Tensor value, Tensor key_bounds, Tensor columns, Tensor query_lengths, "
+    "float scale, int? window) -> (Tensor, Tensor)"
+)
+"""Of `attention_forward`; torch would read it from annotations, but not from those that name shapes."""
+_WIDEST = 256
+_LANES = 16
+
+
+@dataclass(frozen=True)
+class Segments:
+    """What is attended together: documents, or with shared beginnings each document's own part."""
+
+    key_bounds: Int32[torch.Tensor, " bounds"]
+    """Where each segment's keys begin in `columns`, and where the last one's end."""
+    columns: Int32[torch.Tensor, " keys"]
+    """Columns of the row that a segment's queries see, in the order of their positions."""
+    query_lengths: Int32[torch.Tensor, " segments"]
+    """How many of a segment's last keys are its queries."""
+    shared: bool = False
+    """Whether a column is a key of several segments."""
+
+    @staticmethod
+    def of_documents(bounds: Int32[torch.Tensor, " bounds"]) -> Segments:
+        """Documents end to end, `[0, ..., tokens]`."""
+        columns = torch.arange(int(bounds[-1]), dtype=torch.int32)
+        return Segments(bounds.contiguous(), columns, bounds.diff())
+
+
+class _States(ctypes.Structure):
+    _fields_ = (("at", ctypes.c_void_p), ("head", ctypes.c_int64), ("token", ctypes.c_int64))
+
+
+class _Attention(ctypes.Structure):
+    """`Attention` in attention.c."""
+
+    _fields_ = (
+        *((name, _States) for name in ("query", "key", "value", "out", "out_gradient")),
+        *((name, ctypes.c_int64) for name in ("tokens", "heads", "key_heads", "width", "num_segments")),
+        *((name, ctypes.c_void_p) for name in ("key_bounds", "columns", "query_lengths")),
+        ("window", ctypes.c_int64),
+        ("scale", ctypes.c_float),
+        ("shared", ctypes.c_int32),
+        *((name, ctypes.c_void_p) for name in ("result", "lse", "key_gradient", "value_gradient")),
+        *((name, ctypes.c_void_p) for name in ("key_sums", "value_sums")),
+    )
+
+
+def dtype_of_products(query: torch.Tensor) -> torch.dtype:
+    """What these queries are computed in on a CPU: autocast's dtype inside autocast, else their own."""
+    return torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else query.dtype
+
+
+def can_attend(query: torch.Tensor, value: torch.Tensor) -> bool:
+    """Whether the kernel is there, and is for heads like these: in bf16, their width a multiple of 16."""
+    width = query.shape[-1]
+    known = width == value.shape[-1] and width % _LANES == 0 and width <= _WIDEST
+    bf16 = query.device.type == "cpu" and dtype_of_products(query) == torch.bfloat16
+    return known and bf16 and kernels() is not None
+
+
+def attend(
+    query: Float[torch.Tensor, "1 heads tokens width"],
+    key: Float[torch.Tensor, "1 key_heads tokens width"],
+    value: Float[torch.Tensor, "1 key_heads tokens width"],
+    segments: Segments,
+    scale: float,
+    window: int | None,
+) -> BFloat16[torch.Tensor, "1 tokens heads width"]:
+    """Causal attention inside segments.
+
+    Args:
+        query: Queries; `can_attend` has been asked.
+        key: Keys; fewer heads than the queries for grouped-query attention.
+        value: Values.
+        segments: Who sees whom.
+        scale: Factor on the scores before the softmax, positive.
+        window: How many tokens a token sees, itself included; None for all before it.
+
+    Returns:
+        The output, heads behind tokens.
+
+    Raises:
+        MemoryError: There is none left.
+    """
+    states = (x.to(torch.bfloat16) for x in (query, key, value))
+    return _Attend.apply(*states, segments, scale, window)
+
+
+class _Attend(torch.autograd.Function):
+    @staticmethod
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        segments: Segments,
+        scale: float,
+        window: int | None,
+    ) -> torch.Tensor:
+        numbers = segments.key_bounds, segments.columns, segments.query_lengths
+        out, lse = attention_forward(query, key, value, *numbers, scale, window)
+        ctx.save_for_backward(query, key, value, out, lse)
+        ctx.rest = segments, scale, window
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: torch.Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
+        return *_backward(gradient, *ctx.saved_tensors, *ctx.rest), None, None, None
+
+
+@torch.library.custom_op("burnish::attention", mutates_args=(), schema=_SCHEMA)
+def attention_forward(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    key_bounds: torch.Tensor,
+    columns: torch.Tensor,
+    query_lengths: torch.Tensor,
+    scale: float,
+    window: int | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The output, `[1, tokens, heads, width]`, and the log-sum-exp of the scores, `[heads, tokens]`.
+
+    An operation of torch's, so that `activation_checkpointing: light` sees it and keeps what it gives.
+    """
+    _, heads, tokens, width = query.shape
+    out = query.new_empty(1, tokens, heads, width)
+    lse = query.new_empty(heads, tokens, dtype=torch.float32)
+    segments = Segments(key_bounds, columns, query_lengths)
+    kept, job = _job(query, key, value, segments, scale, window)
+    job.result, job.lse = out.data_ptr(), lse.data_ptr()
+    _run("burnish_attention_forward", job)
+    del kept
+    return out, lse
+
+
+def _backward(
+    gradient: BFloat16[torch.Tensor, "1 tokens heads width"],
+    query: Heads,
+    key: KeyHeads,
+    value: KeyHeads,
+    out: BFloat16[torch.Tensor, "1 tokens heads width"],
+    lse: Float32[torch.Tensor, "heads tokens"],
+    segments: Segments,
+    scale: float,
+    window: int | None,
+) -> tuple[Heads, KeyHeads, KeyHeads]:
+    d_query, d_key, d_value = (x.new_empty(x.transpose(1, 2).shape) for x in (query, key, value))
+    kept, job = _job(query, key, value, segments, scale, window)
+    outs, out_gradients = _rows(out.transpose(1, 2)), _rows(gradient.transpose(1, 2))
+    job.out, job.out_gradient = _states(outs), _states(out_gradients)
+    job.result, job.lse = d_query.data_ptr(), lse.data_ptr()
+    if segments.shared:
+        key_sums, value_sums = (torch.zeros(x.shape, dtype=torch.float32) for x in (d_key, d_value))
+        job.key_sums, job.value_sums = key_sums.data_ptr(), value_sums.data_ptr()
+        _run("burnish_attention_backward", job)
+        d_key, d_value = key_sums.to(key.dtype), value_sums.to(value.dtype)
+    else:
+        job.key_gradient, job.value_gradient = d_key.data_ptr(), d_value.data_ptr()
+        _run("burnish_attention_backward", job)
+    del kept
+    return d_query.transpose(1, 2), d_key.transpose(1, 2), d_value.transpose(1, 2)
+
+
+def _rows(x: torch.Tensor) -> torch.Tensor:
+    """With each row's numbers side by side, as the kernel reads them."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _states(x: torch.Tensor) -> _States:
+    return _States(x.data_ptr(), x.stride(1), x.stride(2))
+
+
+def _job(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    segments: Segments,
+    scale: float,
+    window: int | None,
+) -> tuple[Any, _Attention]:
+    """What both directions say; and the tensors that are pointed into, to be kept until the call is over."""
+    rows = [_rows(x) for x in (query, key, value)]
+    numbers = [x.contiguous() for x in (segments.key_bounds, segments.columns, segments.query_lengths)]
+    job = _Attention(*(_states(x) for x in rows))
+    _, job.heads, job.tokens, job.width = query.shape
+    job.key_heads, job.num_segments = key.shape[1], len(segments.query_lengths)
+    job.key_bounds, job.columns, job.query_lengths = (x.data_ptr() for x in numbers)
+    job.window, job.scale, job.shared = window or 0, scale, segments.shared
+    return (rows, numbers), job
+
+
+def _run(name: str, job: _Attention) -> None:
+    library = kernels()
+    assert library is not None  # `can_attend` has been asked
+    if library[name](ctypes.byref(job)) != 0:
+        raise MemoryError("no memory left for attention")
