@@ -189,9 +189,23 @@ def _look_at_compiler() -> Iterator[Finding]:
         yield Finding("compiler", "no C++ compiler", "note", cure)
     else:
         yield Finding("compiler", _first_line([compiler, "--version"]) or compiler)
+    yield from _look_at_kernels()
     nvcc = shutil.which("nvcc")
     if nvcc is not None:
         yield Finding("nvcc", nvcc)
+
+
+def _look_at_kernels() -> Iterator[Finding]:
+    """Those that training on a CPU compiles for itself."""
+    try:
+        from burnish.model.native.build import kernels, why_not
+    except ImportError:  # without torch, of which there is a finding already
+        return
+    if kernels() is not None:
+        yield Finding("cpu kernels", "compiled for this processor")
+    else:
+        reason = why_not() or "they could not be compiled here"
+        yield Finding("cpu kernels", f"none: {reason}; training on the CPU is slower in bf16", "note")
 
 
 def _first_line(command: list[str]) -> str | None:

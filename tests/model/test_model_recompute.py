@@ -19,6 +19,7 @@ from burnish.model.adapt import adapt
 from burnish.model.attention import can_isolate
 from burnish.model.device_batch import to_device
 from burnish.model.forward import SupervisedModel
+from burnish.model.native.build import why_not
 from burnish.model.recompute import Level
 
 CPU = torch.device("cpu")
@@ -40,9 +41,11 @@ class CountedOperations(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def trained(family: str, level: Level, adapter: AdapterConfig | None, bf16: bool = False) -> dict[str, Any]:
+def trained(
+    family: str, level: Level, adapter: AdapterConfig | None, bf16: bool = False, **changes: Any
+) -> dict[str, Any]:
     """Loss and gradients of one micro-batch."""
-    model = build(family)
+    model = build(family, **changes)
     capability = can_isolate(model)
     supervised = SupervisedModel(adapt(model, adapter, level), capability).train()
     with torch.no_grad():  # an adapter begins as nothing: then its way down has no gradient
@@ -89,9 +92,19 @@ def test_same_gradients_in_bf16() -> None:
         same(trained("llama", level, None, bf16=True), trained("llama", "none", None, bf16=True))
 
 
-def test_light_keeps_products_and_attention_and_nothing_cheap() -> None:
-    none, light, full = (trained("llama", level, None)["counts"] for level in ("none", "light", "full"))
-    attention = "aten::_scaled_dot_product_flash_attention_for_cpu"
+@pytest.mark.parametrize("native", [False, True], ids=["aten", "native"])
+def test_light_keeps_products_and_attention_and_nothing_cheap(native: bool) -> None:
+    if native and why_not() is not None:
+        pytest.skip(f"no kernels: {why_not()}")
+    results = [
+        trained("llama", level, None, bf16=native, head_dim=16 if native else 8)
+        for level in ("none", "light", "full")
+    ]
+    none, light, full = (found["counts"] for found in results)
+    attention = "burnish::attention" if native else "aten::_scaled_dot_product_flash_attention_for_cpu"
+    if native:
+        same(results[1], results[0])
+        same(results[2], results[0])
     assert light["aten::mm"] == none["aten::mm"] < full["aten::mm"]
     assert light[attention] == none[attention] == 0 < full[attention]
     for cheap in ("aten::rsqrt", "aten::silu"):

@@ -15,6 +15,8 @@ from burnish.model.adapt import adapt
 from burnish.model.attention import can_isolate
 from burnish.model.device_batch import to_device
 from burnish.model.forward import SupervisedModel
+from burnish.model.native import attend
+from burnish.model.native.build import why_not
 from burnish.plan.activations import Forward, layer_bytes_per_token
 from burnish.plan.shapes import ModelShape
 from burnish.records import Example
@@ -55,8 +57,21 @@ def kept_bytes(num_layers: int, adapter: AdapterConfig | None) -> int:
 @pytest.mark.parametrize(
     "adapter", [None, LORA, LORA.model_copy(update={"dropout": 0.1})], ids=["weights", "lora", "dropout"]
 )
-def test_a_layer_keeps_what_is_planned(adapter: AdapterConfig | None) -> None:
+@pytest.mark.parametrize("native", [False, True], ids=["aten", "native"])
+def test_a_layer_keeps_what_is_planned(
+    adapter: AdapterConfig | None, native: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To 2 % by aten's attention. Ours keeps bf16 where that keeps fp32, up to an eighth less; the plan,
+    which may be for another machine, does not count on it."""
+    if native and attend.kernels() is None:
+        pytest.skip(f"no kernels: {why_not()}")
+    if not native:
+        monkeypatch.setattr(attend, "kernels", lambda: None)
     shape = ModelShape.from_config_json({"model_type": "llama", "num_hidden_layers": 2, **SIZES})
     forward = Forward(2, 4 if adapter is None else 2, autocast=True, adapter=adapter, on_cpu=True)
     measured = (kept_bytes(4, adapter) - kept_bytes(2, adapter)) / 2 / TOKENS
-    assert sum(layer_bytes_per_token(forward, shape)) == pytest.approx(measured, rel=0.02)
+    planned = sum(layer_bytes_per_token(forward, shape))
+    if native:
+        assert 0.85 * planned < measured < planned
+    else:
+        assert planned == pytest.approx(measured, rel=0.02)

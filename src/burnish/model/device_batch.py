@@ -20,19 +20,9 @@ from jaxtyping import Float32, Int64
 
 from burnish.model.document_attention import document_mask
 from burnish.model.prefix_attention import prefix_mask, prefix_numbers
+from burnish.plan.sizes import size_met_again
 from burnish.records import NO_TARGET, MicroBatch, SharedRow
 from burnish.runtime import send_array
-
-_STEPS_A_DOUBLING = 8
-_LEAST_STEP = 32
-"""Rows of a product in oneDNN's innermost loops."""
-
-
-def size_met_again(size: int) -> int:
-    """The next of few sizes: eight between a number and its double, an eighth apart at most; so a
-    sixteenth is filled up in the mean."""
-    step = max(_LEAST_STEP, 2 ** max(0, size.bit_length() - 1) // _STEPS_A_DOUBLING)
-    return -(-size // step) * step
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,9 @@ wide, an MLP m wide and e bytes an element; three cases, by what the residual st
                         frozen product keeps nothing, the adapter beside it the same input, and with dropout
                         one of its own and what was dropped (a byte each, on a CPU the factor)
     attention           query and key after their rotation, which runs in the stream's dtype, value, and the
-                        output; on a CPU the kernel gives fp32, and hands on a copy in the forward's
+                        output; on a CPU aten's kernel gives fp32, and hands on a copy in the forward's.
+                        Ours (model/native/) keeps all of them in bf16, up to an eighth of a layer less; a
+                        plan may be for another machine and does not count on it
     MLP                 gate, up, gate's activation (their product is the down projection's input)
 
 By this a Llama of width 512 with half as many key heads and an MLP of 2.69 widths keeps 60.5 bytes a channel

@@ -24,6 +24,7 @@ from burnish.config.schema import Config
 from burnish.plan.activations import Activations, Forward, activations
 from burnish.plan.optimizer_state import optimizer_bytes, trainable_params
 from burnish.plan.shapes import ModelShape
+from burnish.plan.sizes import size_met_again
 
 _HEAD_CHUNK_ROWS = 1024
 """Supervised positions whose logits exist at the same time."""
@@ -36,7 +37,7 @@ _BUCKET_ELEMENTS_CPU = 5_000_000
 _LIVE_ELEMENTS = 1_000_000_000
 """Weights that ZeRO-3 keeps gathered, and that it makes ready for the optimizer at once, at most:
 DeepSpeed's `stage3_max_live_parameters` and `sub_group_size`."""
-_COMPILED_BYTES_CPU = 48 * 2**20
+_COMPILED_BYTES_CPU = 96 * 2**20
 """Products that torch compiles for bf16 on a CPU and keeps (`host_memory.bound_kernel_caches`)."""
 _PROCESS_BYTES = 2**29
 """Of Python and the libraries: 470 to 550 MiB were measured on Linux, with and without DeepSpeed."""
@@ -161,6 +162,8 @@ def estimate_memory(
     """
     setup = _read(config, shape, world_size, accumulates, device_type)
     rows = micro_tokens // config.engine.sequence_parallel
+    if setup.forward.on_cpu and setup.forward.element == 2 and config.engine.sequence_parallel == 1:
+        rows = size_met_again(rows)
     acts = activations(config, setup.forward, shape, rows)
     static = _states(setup)
     supervised = max(1, int(rows * supervised_share))

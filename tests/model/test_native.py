@@ -1,0 +1,204 @@
+"""The kernels for CPUs that multiply bf16: against the same in fp32, with AMX and without it."""
+
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from torch.nn import functional
+
+from burnish.model.cpu_kernel import document_flash_attention
+from burnish.model.native import attend as attend_module
+from burnish.model.native import build, rows
+from burnish.model.native.attend import Segments, attend, can_attend
+from burnish.model.native.rows import softmax_rows
+from burnish.model.prefix_attention import Segments as Tree
+from burnish.model.prefix_attention import paths_of, prefix_mask, prefix_numbers, shared_flash_attention
+
+needs_kernels = pytest.mark.skipif(build.why_not() is not None, reason=f"no kernels: {build.why_not()}")
+ROUNDED = 6e-3
+"""Of a result's norm: bf16 has 8 bits, and what goes into a product was rounded once or twice."""
+
+
+@pytest.fixture(params=[True, False], ids=["amx", "avx512"])
+def kernels(request, monkeypatch):
+    """Each of the two ways to multiply, where the processor has it."""
+    if build.why_not() is not None:
+        pytest.skip(f"no kernels: {build.why_not()}")
+    if request.param and not torch.cpu._is_amx_tile_supported():
+        pytest.skip("this processor has no AMX")
+    library = build._load(build._compiled(amx=request.param))
+    for module in (attend_module, rows):
+        monkeypatch.setattr(module, "kernels", lambda: library)
+    return library
+
+
+def states(heads, key_heads, tokens, width, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    made = [torch.randn(1, tokens, n, width, generator=generator) for n in (heads, key_heads, key_heads)]
+    # Heads behind tokens in memory, as a model's projections give them.
+    return [x.bfloat16().transpose(1, 2).requires_grad_() for x in made]
+
+
+def apart(found, expected):
+    """As a share of the expected norm; where that is 0 (a token that sees itself alone), of 1e-3 a number."""
+    wide = expected.float()
+    return ((found.float() - wide).norm() / (wide.norm() + 1e-3 * wide.numel() ** 0.5)).item()
+
+
+def require_near(inputs, out, exact_inputs, exact):
+    seed = torch.randn(exact.shape, generator=torch.Generator().manual_seed(1)).bfloat16()
+    assert out.dtype == torch.bfloat16 and apart(out, exact) < ROUNDED
+    grads = torch.autograd.grad(out, inputs, seed)
+    for found, expected in zip(grads, torch.autograd.grad(exact, exact_inputs, seed.float()), strict=True):
+        assert found.dtype == torch.bfloat16 and apart(found, expected) < ROUNDED
+
+
+LENGTHS = [(1,), (31, 32, 33), (5, 1, 12, 7), (200, 3, 129), (128, 128), (300,)]
+HEADS = [(4, 4, 64), (4, 2, 16), (6, 1, 80), (2, 2, 128), (1, 1, 256)]
+
+
+@pytest.mark.parametrize("window", [None, 1, 37, 64])
+@pytest.mark.parametrize("lengths", LENGTHS)
+@pytest.mark.parametrize(("heads", "key_heads", "width"), HEADS)
+def test_documents(kernels, lengths, heads, key_heads, width, window):
+    bounds = torch.tensor([0, *lengths]).cumsum(0).int()
+    inputs = states(heads, key_heads, sum(lengths), width)
+    exact_inputs = [x.detach().float().requires_grad_() for x in inputs]
+    out = attend(*inputs, Segments.of_documents(bounds), 0.2, window)
+    exact = document_flash_attention(*exact_inputs, bounds.tolist(), 0.2, window)
+    require_near(inputs, out, exact_inputs, exact)
+
+
+def test_shared_beginnings(kernels):
+    # A beginning of 40 tokens; below it one of 3 with two documents, and two documents more.
+    begins, stops, ends = (0, 40, 43, 50, 90, 91), (40, 43, 50, 90, 91, 200), (200, 90, 50, 90, 91, 200)
+    segments = torch.tensor([begins, stops, ends], dtype=torch.int32).numpy()
+    mask = prefix_mask(torch.from_numpy(prefix_numbers(segments)), len(begins), 110)
+    inputs = states(4, 2, 200, 64)
+    exact_inputs = [x.detach().float().requires_grad_() for x in inputs]
+    out = attend(*inputs, paths_of(mask), 0.2, None)
+    require_near(
+        inputs, out, exact_inputs, shared_flash_attention(*exact_inputs, Tree(begins, stops, ends), 0.2)
+    )
+
+
+def test_the_same_again_and_whatever_the_number_of_threads(kernels):
+    bounds = torch.tensor([0, 70, 71, 300], dtype=torch.int32)
+    results = []
+    threads = torch.get_num_threads()
+    try:
+        for num_threads in (1, 2, 2):
+            torch.set_num_threads(num_threads)
+            inputs = states(4, 2, 300, 32)
+            out = attend(*inputs, Segments.of_documents(bounds), 0.2, None)
+            results.append([out, *torch.autograd.grad(out.float().square().sum(), inputs)])
+    finally:
+        torch.set_num_threads(threads)
+    for again in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], again, strict=True))
+
+
+def test_what_is_not_finite_is_not_hidden_and_stays_in_its_document(kernels):
+    inputs = query, key, value = states(2, 2, 80, 32)
+    with torch.no_grad():
+        value[0, 0, 45, 3] = float("nan")
+        key[0, 1, 60, 0] = float("inf")
+    segments = Segments.of_documents(torch.tensor([0, 40, 70, 80]).int())
+    out = attend(query, key, value, segments, 0.2, None)
+    bad = ~out.isfinite()
+    assert bad[0, 45:70, 0, 3].all() and bad[0, 60:70, 1].any()
+    assert not bad[0, :40].any() and not bad[0, 70:].any()
+    gradients = torch.autograd.grad(out.sum(), inputs)
+    assert not gradients[0][0, 0, 40:70].isfinite().all()
+    for gradient in gradients:
+        assert gradient[0, :, :40].isfinite().all() and gradient[0, :, 70:].isfinite().all()
+
+
+@pytest.mark.parametrize("size", [16, 53, 777, 32000])
+def test_softmax(kernels, size):
+    generator = torch.Generator().manual_seed(0)
+    logits = (8 * torch.randn(9, size, generator=generator)).bfloat16()
+    logits[1] = -200.0
+    logits[2, 3] = 300.0  # a share of 1: its gradient is the rest, not 0 in the sum of others
+    targets = torch.randint(size, (9,), generator=generator)
+    targets[2], nll = 3, torch.empty(9)
+    exact = logits.double().requires_grad_()
+    expected = functional.cross_entropy(exact, targets, reduction="none")
+    (slope,) = torch.autograd.grad(expected.sum(), exact)
+    softmax_rows(logits.clone(), targets, nll, gradient=False)
+    torch.testing.assert_close(nll.double(), expected.detach(), rtol=1e-6, atol=4e-6)
+    softmax_rows(logits, targets, nll, gradient=True)
+    torch.testing.assert_close(logits.double(), slope, rtol=8e-3, atol=1e-30)
+
+
+def test_softmax_of_what_is_not_finite(kernels):
+    logits = torch.zeros(3, 40).bfloat16()
+    logits[0, 7], logits[1, 7], logits[2, 7] = float("nan"), float("inf"), float("-inf")
+    nll = torch.empty(3)
+    softmax_rows(logits, torch.tensor([7, 7, 0]), nll, gradient=True)
+    assert nll[0].isnan() and nll[1].isnan() and nll[2].item() == pytest.approx(torch.tensor(39.0).log())
+    assert logits[0].isnan().all() and logits[2].isfinite().all()
+
+
+@needs_kernels
+def test_who_is_taken():
+    wide, narrow = torch.zeros(1, 2, 4, 32), torch.zeros(1, 2, 4, 24)
+    assert not can_attend(wide, wide)  # fp32 stays exact
+    assert can_attend(wide.bfloat16(), wide.bfloat16())
+    assert not can_attend(narrow.bfloat16(), narrow.bfloat16())
+    assert not can_attend(wide.bfloat16(), narrow.bfloat16())
+    with torch.autocast("cpu", torch.bfloat16):
+        assert can_attend(wide, wide)
+    with torch.autocast("cpu", torch.float16):
+        assert not can_attend(wide, wide)
+
+
+@needs_kernels
+def test_compiled_once_and_no_part_of_it_is_left(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    library = build._compiled(amx=False)
+    written = library.stat().st_mtime_ns
+    assert build._compiled(amx=False) == library and library.stat().st_mtime_ns == written
+    assert [path.name for path in library.parent.iterdir()] == [library.name]
+
+
+@needs_kernels
+@pytest.mark.parametrize("fault", ["compiler", "folder"])
+def test_where_they_cannot_be_compiled_training_goes_on_without(tmp_path, monkeypatch, caplog, fault):
+    broken = tmp_path / "cc"
+    broken.write_text("#!/bin/sh\necho it is too old >&2\nexit 1\n")
+    broken.chmod(0o755)
+    (tmp_path / "burnish").write_text("a file where the folder should be")
+    if fault == "compiler":
+        monkeypatch.setenv("CC", str(broken))
+    else:
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    build.kernels.cache_clear()
+    try:
+        if fault == "compiler":
+            monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "empty"))
+        assert build.kernels() is None
+    finally:
+        build.kernels.cache_clear()
+    assert "slower without them" in caplog.text and (fault == "folder" or "too old" in caplog.text)
+
+
+@needs_kernels
+def test_one_openmp_library_in_the_process():
+    """With two, each keeps threads of its own that wait for work at full speed."""
+    build.kernels()
+    mapped = Path("/proc/self/maps").read_text().splitlines()
+    paths = {line.split()[-1] for line in mapped if "omp.so" in line or "omp5.so" in line}
+    assert len({Path(path).resolve() for path in paths}) == 1, paths
+
+
+@needs_kernels
+def test_no_warning_from_the_compiler():
+    compiler, program = build._compiler(), ["-c", "-o", os.devnull, "-Wall", "-Wextra", "-Werror"]
+    for flags in ((), build._AMX_FLAGS):
+        for source in build._SOURCES.glob("*.c"):
+            command = [compiler, *build._FLAGS, *flags, *program, str(source)]
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            assert done.returncode == 0, done.stderr
