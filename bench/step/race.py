@@ -36,7 +36,7 @@ class Settings:
     """Timed steps of a turn."""
     warmup: int
     """Steps before them in each turn that are not timed: the memory given back after the last turn takes
-    about two to come back."""
+    some to come back."""
     racers: Sequence[str]
     peer_python: str
     device: str
