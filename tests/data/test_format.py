@@ -58,6 +58,34 @@ def test_every_shape_is_detected_and_means_the_same(row, name):
     fmt = detect(row)
     assert fmt.name == name
     assert turns(convert(row, fmt)) == [("user", "q"), ("assistant", "a")]
+
+
+@pytest.mark.parametrize(
+    ("row", "found", "settled"),
+    [
+        (
+            {"instruction": "Add.", "input": "1 and 2", "completion": "3"},
+            "input and instruction may each be the prompt",
+            {"format": "alpaca", "columns": {"output": "completion"}},
+        ),
+        (
+            {"prompt": "q", "question": "r", "completion": "a"},
+            "prompt and question may each be the prompt",
+            {"columns": {"prompt": "question"}},
+        ),
+        (
+            {"question": "q", "answer": "a", "response": "b"},
+            "response and answer may each be the completion",
+            {"columns": {"completion": "answer"}},
+        ),
+    ],
+)
+def test_of_two_columns_for_one_thing_none_is_left_out_in_silence(row, found, settled):
+    with pytest.raises(DataError, match=found):
+        detect(row)
+    with pytest.raises(DataError, match=found):
+        detect(row, format="prompt_completion")
+    assert detect(row, **settled).name in ("alpaca", "prompt_completion")
     assert convert(row, detect(row, format=name)) == convert(row, fmt)
 
 

@@ -11,10 +11,15 @@ from torch.nn import functional
 from burnish.model.cpu_kernel import document_flash_attention
 from burnish.model.native import attend as attend_module
 from burnish.model.native import build, rows
-from burnish.model.native.attend import Segments, attend, can_attend
+from burnish.model.native.attend import Paths, attend, can_attend
 from burnish.model.native.rows import softmax_rows
-from burnish.model.prefix_attention import Segments as Tree
-from burnish.model.prefix_attention import paths_of, prefix_mask, prefix_numbers, shared_flash_attention
+from burnish.model.prefix_attention import (
+    Segments,
+    paths_of,
+    prefix_mask,
+    prefix_numbers,
+    shared_flash_attention,
+)
 
 needs_kernels = pytest.mark.skipif(build.why_not() is not None, reason=f"no kernels: {build.why_not()}")
 ROUNDED = 6e-3
@@ -28,7 +33,8 @@ def kernels(request, monkeypatch):
         pytest.skip(f"no kernels: {build.why_not()}")
     if request.param and not torch.cpu._is_amx_tile_supported():
         pytest.skip("this processor has no AMX")
-    library = build._load(build._compiled(amx=request.param))
+    library = build._load(request.param)
+    assert library is not None
     for module in (attend_module, rows):
         monkeypatch.setattr(module, "kernels", lambda: library)
     return library
@@ -66,7 +72,7 @@ def test_documents(kernels, lengths, heads, key_heads, width, window):
     bounds = torch.tensor([0, *lengths]).cumsum(0).int()
     inputs = states(heads, key_heads, sum(lengths), width)
     exact_inputs = [x.detach().float().requires_grad_() for x in inputs]
-    out = attend(*inputs, Segments.of_documents(bounds), 0.2, window)
+    out = attend(*inputs, Paths.of_documents(bounds), 0.2, window)
     exact = document_flash_attention(*exact_inputs, bounds.tolist(), 0.2, window)
     require_near(inputs, out, exact_inputs, exact)
 
@@ -80,7 +86,7 @@ def test_shared_beginnings(kernels):
     exact_inputs = [x.detach().float().requires_grad_() for x in inputs]
     out = attend(*inputs, paths_of(mask), 0.2, None)
     require_near(
-        inputs, out, exact_inputs, shared_flash_attention(*exact_inputs, Tree(begins, stops, ends), 0.2)
+        inputs, out, exact_inputs, shared_flash_attention(*exact_inputs, Segments(begins, stops, ends), 0.2)
     )
 
 
@@ -92,7 +98,7 @@ def test_the_same_again_and_whatever_the_number_of_threads(kernels):
         for num_threads in (1, 2, 2):
             torch.set_num_threads(num_threads)
             inputs = states(4, 2, 300, 32)
-            out = attend(*inputs, Segments.of_documents(bounds), 0.2, None)
+            out = attend(*inputs, Paths.of_documents(bounds), 0.2, None)
             results.append([out, *torch.autograd.grad(out.float().square().sum(), inputs)])
     finally:
         torch.set_num_threads(threads)
@@ -105,7 +111,7 @@ def test_what_is_not_finite_is_not_hidden_and_stays_in_its_document(kernels):
     with torch.no_grad():
         value[0, 0, 45, 3] = float("nan")
         key[0, 1, 60, 0] = float("inf")
-    segments = Segments.of_documents(torch.tensor([0, 40, 70, 80]).int())
+    segments = Paths.of_documents(torch.tensor([0, 40, 70, 80]).int())
     out = attend(query, key, value, segments, 0.2, None)
     bad = ~out.isfinite()
     assert bad[0, 45:70, 0, 3].all() and bad[0, 60:70, 1].any()
@@ -145,44 +151,51 @@ def test_softmax_of_what_is_not_finite(kernels):
 @needs_kernels
 def test_who_is_taken():
     wide, narrow = torch.zeros(1, 2, 4, 32), torch.zeros(1, 2, 4, 24)
-    assert not can_attend(wide, wide)  # fp32 stays exact
-    assert can_attend(wide.bfloat16(), wide.bfloat16())
-    assert not can_attend(narrow.bfloat16(), narrow.bfloat16())
-    assert not can_attend(wide.bfloat16(), narrow.bfloat16())
+    assert not can_attend(wide, wide, 100)  # fp32 stays exact
+    assert can_attend(wide.bfloat16(), wide.bfloat16(), 100)
+    assert not can_attend(wide.bfloat16(), wide.bfloat16(), 100_000)
+    assert not can_attend(narrow.bfloat16(), narrow.bfloat16(), 100)
+    assert not can_attend(wide.bfloat16(), narrow.bfloat16(), 100)
     with torch.autocast("cpu", torch.bfloat16):
-        assert can_attend(wide, wide)
+        assert can_attend(wide, wide, 100)
     with torch.autocast("cpu", torch.float16):
-        assert not can_attend(wide, wide)
+        assert not can_attend(wide, wide, 100)
+
+
+@pytest.fixture
+def not_loaded_yet():
+    build.kernels.cache_clear()
+    yield
+    build.kernels.cache_clear()
 
 
 @needs_kernels
-def test_compiled_once_and_no_part_of_it_is_left(tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    library = build._compiled(amx=False)
+def test_compiled_once_and_no_part_of_it_is_left(tmp_path):
+    library = build._compiled(tmp_path, amx=False)
     written = library.stat().st_mtime_ns
-    assert build._compiled(amx=False) == library and library.stat().st_mtime_ns == written
-    assert [path.name for path in library.parent.iterdir()] == [library.name]
+    assert build._compiled(tmp_path, amx=False) == library and library.stat().st_mtime_ns == written
+    assert list(tmp_path.iterdir()) == [library]
 
 
 @needs_kernels
-@pytest.mark.parametrize("fault", ["compiler", "folder"])
-def test_where_they_cannot_be_compiled_training_goes_on_without(tmp_path, monkeypatch, caplog, fault):
+def test_a_cache_that_cannot_be_written_is_done_without(tmp_path, monkeypatch, caplog, not_loaded_yet):
+    (tmp_path / "burnish").write_text("a file where the folder should be")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert build.kernels() is not None and not caplog.text
+
+
+@needs_kernels
+def test_where_they_cannot_be_compiled_training_goes_on_without(
+    tmp_path, monkeypatch, caplog, not_loaded_yet
+):
     broken = tmp_path / "cc"
     broken.write_text("#!/bin/sh\necho it is too old >&2\nexit 1\n")
     broken.chmod(0o755)
-    (tmp_path / "burnish").write_text("a file where the folder should be")
-    if fault == "compiler":
-        monkeypatch.setenv("CC", str(broken))
-    else:
-        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    build.kernels.cache_clear()
-    try:
-        if fault == "compiler":
-            monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "empty"))
-        assert build.kernels() is None
-    finally:
-        build.kernels.cache_clear()
-    assert "slower without them" in caplog.text and (fault == "folder" or "too old" in caplog.text)
+    monkeypatch.setenv("CC", str(broken))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert build.kernels() is None
+    assert "slower without them" in caplog.text and "too old" in caplog.text
+    assert not list(tmp_path.glob("burnish/kernels/*"))
 
 
 @needs_kernels

@@ -93,7 +93,8 @@ def detect_format(source: SourceConfig, first_rows: Sequence[Mapping[str, Any]])
         first_rows: Some of its rows; more than one, as a column may be missing in the first.
 
     Raises:
-        DataError: The rows have none of the shapes, or not the one that the config names.
+        DataError: The rows have none of the shapes, or not the one that the config names, or two columns
+            that may be the prompt.
     """
     present = list(dict.fromkeys(key for row in first_rows for key in row))
     ours_theirs = {"messages" if k == "conversations" else k: v for k, v in source.columns.items()}
@@ -107,6 +108,8 @@ def detect_format(source: SourceConfig, first_rows: Sequence[Mapping[str, Any]])
     for name in names:
         columns = _match(SHAPES[name], present, ours_theirs)
         if columns is not None:
+            if name == "prompt_completion":
+                _require_one_of_each(source, present)
             return RowFormat(name, columns)
     raise DataError(_no_match(source, present))
 
@@ -149,6 +152,18 @@ def _match(shape: _Shape, present: Sequence[str], ours: Mapping[str, str]) -> di
         if theirs is not None:
             columns[name] = theirs
     return columns if set(shape.required) <= set(columns) else None
+
+
+def _require_one_of_each(source: SourceConfig, present: Sequence[str]) -> None:
+    """Of two columns that may be the prompt (or the completion), one would be left out in silence."""
+    for ours, spellings in SHAPES["prompt_completion"].required.items():
+        found = [name for name in spellings if name in present]
+        if len(found) > 1 and ours not in source.columns:
+            what = f"the columns {' and '.join(found)} may each be the {ours}"
+            cure = f"Say which: `columns: {{{ours}: {found[0]}}}`."
+            if "instruction" in found:
+                cure += " For an instruction and its input: `format: alpaca` and `columns: {output: …}`."
+            raise DataError(Problem(source.path, what, cure))
 
 
 def _no_match(source: SourceConfig, present: Sequence[str]) -> Problem:

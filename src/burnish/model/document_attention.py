@@ -21,7 +21,7 @@ from jaxtyping import Float, Int32
 from torch import nn
 
 from burnish.model.cpu_kernel import causal_mask, document_flash_attention
-from burnish.model.native.attend import Segments, attend, can_attend
+from burnish.model.native.attend import Paths, attend, can_attend
 from burnish.model.prefix_attention import (
     is_prefix_mask,
     paths_of,
@@ -141,7 +141,7 @@ def document_attention(  # noqa: PLR0913, PLR0917 (transformers calls it by thes
         raise UnsupportedAttentionError(f"its layers pass {', '.join(unknown)} to attention")
     if query.shape[0] != 1 or query.shape[2] != key.shape[2]:
         raise UnsupportedAttentionError("packed documents need one row and as many keys as queries")
-    kernel = kernel_for(query, value) if scores.plain else None
+    kernel = kernel_for(query, value, attention_mask.shape[2]) if scores.plain else None
     if kernel == "native":
         return _native(query, key, value, attention_mask, scores), None
     if is_prefix_mask(attention_mask):
@@ -153,10 +153,11 @@ def document_attention(  # noqa: PLR0913, PLR0917 (transformers calls it by thes
     return _one_by_one(query, key, value, attention_mask, scores), None
 
 
-def kernel_for(query: torch.Tensor, value: torch.Tensor) -> Kernel | None:
-    """Which kernel knows documents where these queries and values are; None where none does."""
+def kernel_for(query: torch.Tensor, value: torch.Tensor, longest: int) -> Kernel | None:
+    """Which kernel knows documents, the longest of that length, where these queries and values are; None
+    where none does."""
     if query.device.type == "cpu":
-        if can_attend(query, value):
+        if can_attend(query, value, longest):
             return "native"
         return "flash_cpu" if query.shape[-1] == value.shape[-1] else None
     return "varlen" if query.device.type == "cuda" and fits_varlen(query, value) else None
@@ -189,8 +190,8 @@ def _native(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor, scores: Scores
 ) -> Float[torch.Tensor, "1 tokens heads width"]:
     """Our own kernel, for bf16 on CPUs that multiply it in hardware; shared beginnings too."""
-    segments = paths_of(mask) if is_prefix_mask(mask) else Segments.of_documents(mask[0, 0, 0])
-    return attend(query, key, value, segments, scores.scale, scores.window)
+    paths = paths_of(mask) if is_prefix_mask(mask) else Paths.of_documents(mask[0, 0, 0])
+    return attend(query, key, value, paths, scores.scale, scores.window)
 
 
 @torch.compiler.disable(reason=_READS_BOUNDS)

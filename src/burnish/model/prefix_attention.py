@@ -89,12 +89,12 @@ def segments_of(mask: PrefixMask) -> Segments:
     return Segments(*(tuple(numbers[i * num : (i + 1) * num]) for i in range(3)))
 
 
-def paths_of(mask: PrefixMask) -> native.Segments:
+def paths_of(mask: PrefixMask) -> native.Paths:
     """The same as the kernel for bf16 on CPUs takes them: each segment with the columns of all above it."""
     num, numbers = mask.shape[1] - 1, mask[0, 0, 0]
     lengths = numbers[num : 2 * num] - numbers[:num]
     key_bounds = numbers[3 * num : 4 * num + 1].contiguous()
-    return native.Segments(key_bounds, numbers[4 * num + 1 :].contiguous(), lengths, shared=True)
+    return native.Paths(key_bounds, numbers[4 * num + 1 :].contiguous(), lengths, shared=True)
 
 
 def shared_flash_attention(

@@ -21,12 +21,15 @@ _SCHEMA = (
 )
 """Of `attention_forward`; torch would read it from annotations, but not from those that name shapes."""
 _WIDEST = 256
+_LONGEST = 32768
+"""A thread lays a document's keys, values and queries of one head out: 90 MiB at this length and width 128."""
 _LANES = 16
 
 
 @dataclass(frozen=True)
-class Segments:
-    """What is attended together: documents, or with shared beginnings each document's own part."""
+class Paths:
+    """Segments and what their queries see: documents, each by itself; or, where beginnings are shared, what
+    documents have of their own, with all that leads to it."""
 
     key_bounds: Int32[torch.Tensor, " bounds"]
     """Where each segment's keys begin in `columns`, and where the last one's end."""
@@ -38,10 +41,10 @@ class Segments:
     """Whether a column is a key of several segments."""
 
     @staticmethod
-    def of_documents(bounds: Int32[torch.Tensor, " bounds"]) -> Segments:
+    def of_documents(bounds: Int32[torch.Tensor, " bounds"]) -> Paths:
         """Documents end to end, `[0, ..., tokens]`."""
         columns = torch.arange(int(bounds[-1]), dtype=torch.int32)
-        return Segments(bounds.contiguous(), columns, bounds.diff())
+        return Paths(bounds.contiguous(), columns, bounds.diff())
 
 
 class _States(ctypes.Structure):
@@ -68,10 +71,12 @@ def dtype_of_products(query: torch.Tensor) -> torch.dtype:
     return torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else query.dtype
 
 
-def can_attend(query: torch.Tensor, value: torch.Tensor) -> bool:
-    """Whether the kernel is there, and is for heads like these: in bf16, their width a multiple of 16."""
+def can_attend(query: torch.Tensor, value: torch.Tensor, longest: int) -> bool:
+    """Whether the kernel is there, and is for such heads and documents: in bf16, the heads' width a multiple
+    of 16, documents not so long that each thread would lay out gigabytes."""
     width = query.shape[-1]
     known = width == value.shape[-1] and width % _LANES == 0 and width <= _WIDEST
+    known = known and longest <= _LONGEST
     bf16 = query.device.type == "cpu" and dtype_of_products(query) == torch.bfloat16
     return known and bf16 and kernels() is not None
 
@@ -80,7 +85,7 @@ def attend(
     query: Float[torch.Tensor, "1 heads tokens width"],
     key: Float[torch.Tensor, "1 key_heads tokens width"],
     value: Float[torch.Tensor, "1 key_heads tokens width"],
-    segments: Segments,
+    paths: Paths,
     scale: float,
     window: int | None,
 ) -> BFloat16[torch.Tensor, "1 tokens heads width"]:
@@ -90,7 +95,7 @@ def attend(
         query: Queries; `can_attend` has been asked.
         key: Keys; fewer heads than the queries for grouped-query attention.
         value: Values.
-        segments: Who sees whom.
+        paths: Who sees whom.
         scale: Factor on the scores before the softmax, positive.
         window: How many tokens a token sees, itself included; None for all before it.
 
@@ -101,7 +106,7 @@ def attend(
         MemoryError: There is none left.
     """
     states = (x.to(torch.bfloat16) for x in (query, key, value))
-    return _Attend.apply(*states, segments, scale, window)
+    return _Attend.apply(*states, paths, scale, window)
 
 
 class _Attend(torch.autograd.Function):
@@ -111,14 +116,14 @@ class _Attend(torch.autograd.Function):
         query: torch.Tensor,
         key: torch.Tensor,
         value: torch.Tensor,
-        segments: Segments,
+        paths: Paths,
         scale: float,
         window: int | None,
     ) -> torch.Tensor:
-        numbers = segments.key_bounds, segments.columns, segments.query_lengths
+        numbers = paths.key_bounds, paths.columns, paths.query_lengths
         out, lse = attention_forward(query, key, value, *numbers, scale, window)
         ctx.save_for_backward(query, key, value, out, lse)
-        ctx.rest = segments, scale, window
+        ctx.rest = paths, scale, window
         return out
 
     @staticmethod
@@ -145,8 +150,8 @@ def attention_forward(
     _, heads, tokens, width = query.shape
     out = query.new_empty(1, tokens, heads, width)
     lse = query.new_empty(heads, tokens, dtype=torch.float32)
-    segments = Segments(key_bounds, columns, query_lengths)
-    kept, job = _job(query, key, value, segments, scale, window)
+    paths = Paths(key_bounds, columns, query_lengths)
+    kept, job = _job(query, key, value, paths, scale, window)
     job.result, job.lse = out.data_ptr(), lse.data_ptr()
     _run("burnish_attention_forward", job)
     del kept
@@ -160,16 +165,16 @@ def _backward(
     value: KeyHeads,
     out: BFloat16[torch.Tensor, "1 tokens heads width"],
     lse: Float32[torch.Tensor, "heads tokens"],
-    segments: Segments,
+    paths: Paths,
     scale: float,
     window: int | None,
 ) -> tuple[Heads, KeyHeads, KeyHeads]:
     d_query, d_key, d_value = (x.new_empty(x.transpose(1, 2).shape) for x in (query, key, value))
-    kept, job = _job(query, key, value, segments, scale, window)
+    kept, job = _job(query, key, value, paths, scale, window)
     outs, out_gradients = _rows(out.transpose(1, 2)), _rows(gradient.transpose(1, 2))
     job.out, job.out_gradient = _states(outs), _states(out_gradients)
     job.result, job.lse = d_query.data_ptr(), lse.data_ptr()
-    if segments.shared:
+    if paths.shared:
         key_sums, value_sums = (torch.zeros(x.shape, dtype=torch.float32) for x in (d_key, d_value))
         job.key_sums, job.value_sums = key_sums.data_ptr(), value_sums.data_ptr()
         _run("burnish_attention_backward", job)
@@ -194,18 +199,18 @@ def _job(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    segments: Segments,
+    paths: Paths,
     scale: float,
     window: int | None,
 ) -> tuple[Any, _Attention]:
     """What both directions say; and the tensors that are pointed into, to be kept until the call is over."""
     rows = [_rows(x) for x in (query, key, value)]
-    numbers = [x.contiguous() for x in (segments.key_bounds, segments.columns, segments.query_lengths)]
+    numbers = [x.contiguous() for x in (paths.key_bounds, paths.columns, paths.query_lengths)]
     job = _Attention(*(_states(x) for x in rows))
     _, job.heads, job.tokens, job.width = query.shape
-    job.key_heads, job.num_segments = key.shape[1], len(segments.query_lengths)
+    job.key_heads, job.num_segments = key.shape[1], len(paths.query_lengths)
     job.key_bounds, job.columns, job.query_lengths = (x.data_ptr() for x in numbers)
-    job.window, job.scale, job.shared = window or 0, scale, segments.shared
+    job.window, job.scale, job.shared = window or 0, scale, paths.shared
     return (rows, numbers), job
 
 

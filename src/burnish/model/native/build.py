@@ -43,13 +43,13 @@ def kernels() -> ctypes.CDLL | None:
         log.debug("No CPU kernels: %s.", reason)
         return None
     try:
-        return _load(_compiled(torch.cpu._is_amx_tile_supported()))
+        # A container may keep AMX from its processes although the processor has it.
+        with_amx = _load(amx=True) if torch.cpu._is_amx_tile_supported() else None
+        return with_amx or _load(amx=False)
     except (OSError, subprocess.SubprocessError) as error:
-        # A compiler that is too old, a full disk, a cache on a disk that may not be executed from.
-        said = getattr(error, "stderr", None) or str(error)
-        log.warning(
-            "CPU kernels could not be compiled, training is slower without them: %s", said.strip()[-500:]
-        )
+        # A compiler that is too old, say, or a disk that is full.
+        said = (getattr(error, "stderr", None) or str(error)).strip()[-500:]
+        log.warning("CPU kernels could not be compiled; training is slower without them: %s", said)
         return None
 
 
@@ -80,8 +80,8 @@ def _threads_library() -> str | None:
     return None
 
 
-def _compiled(amx: bool) -> Path:
-    """The compiled library, made now if it is not there.
+def _compiled(folder: Path, amx: bool) -> Path:
+    """The compiled library in a folder, made now if it is not there.
 
     Raises:
         OSError: It cannot be written.
@@ -92,7 +92,7 @@ def _compiled(amx: bool) -> Path:
     flags = (*_FLAGS, *(_AMX_FLAGS if amx else ()))
     sources = sorted(_SOURCES.glob("*.[ch]"))
     made_from = [*flags, compiler, threads, *(path.read_text("utf-8") for path in sources)]
-    library = _cache() / f"{xxhash.xxh3_128_hexdigest(chr(0).join(made_from).encode())}.so"
+    library = folder / f"{xxhash.xxh3_128_hexdigest(chr(0).join(made_from).encode())}.so"
     if library.is_file():
         return library
     library.parent.mkdir(parents=True, exist_ok=True)
@@ -113,9 +113,11 @@ def _cache() -> Path:
     return Path(root).expanduser() / "burnish" / "kernels"
 
 
-def _load(library: Path) -> ctypes.CDLL | None:
-    loaded = ctypes.CDLL(str(library))
-    if loaded.burnish_prepare() != 0:
-        log.debug("No CPU kernels: the system does not let this process use AMX.")
-        return None
-    return loaded
+def _load(amx: bool) -> ctypes.CDLL | None:
+    """The library, compiled if need be; None where the system does not let this process multiply so."""
+    try:
+        loaded = ctypes.CDLL(str(_compiled(_cache(), amx)))
+    except OSError:  # no home, or none that may be written to or executed from: for this process alone then
+        with tempfile.TemporaryDirectory(prefix="burnish-kernels-") as folder:
+            loaded = ctypes.CDLL(str(_compiled(Path(folder), amx)))
+    return loaded if loaded.burnish_prepare() == 0 else None
