@@ -7,7 +7,7 @@
 
 Parity first: loss and every gradient of step 1 against each document alone in fp32, no document sees another,
 every supervised token once. Then one process per racer, all in turn, round by round (A B C A B C); in
-each turn three steps that are not timed and then timed ones. A ratio is taken within a round; the median, the
+each turn two steps that are not timed and then timed ones. A ratio is taken within a round; the median, the
 least and the most are reported. See bench/README.md for who races and how.
 """
 
@@ -76,7 +76,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--racers", help="comma-separated: only these besides Burnish")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=2, help="timed steps in a turn")
-    parser.add_argument("--warmup", type=int, default=3, help="steps before them that are not timed")
+    parser.add_argument("--warmup", type=int, default=2, help="steps before them that are not timed")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--data", help="an Alpaca file, JSON or JSON lines; default: rows made on the spot")
     parser.add_argument("--tokenizer", help="folder of a fast tokenizer; default: one made from the rows")

@@ -22,7 +22,7 @@ _SCHEMA = (
 """Of `attention_forward`; torch would read it from annotations, but not from those that name shapes."""
 _WIDEST = 256
 _LONGEST = 32768
-"""A thread lays a document's keys, values and queries of one head out: 90 MiB at this length and width 128."""
+"""A thread lays out a document's keys, values and queries of one head: 90 MiB at this length, 128 wide."""
 _LANES = 16
 
 
