@@ -1,5 +1,6 @@
 """Fixtures and switches for every test: no network, shapes checked, few threads."""
 
+import logging
 import os
 from collections.abc import Iterator
 
@@ -13,6 +14,16 @@ from jaxtyping import install_import_hook
 
 # Shapes and types of every public record and function are checked while tests run.
 install_import_hook("burnish", "beartype.beartype")
+
+
+@pytest.fixture(autouse=True)
+def _log_as_before() -> Iterator[None]:
+    """No test's log goes where an earlier one's went: a command writes to the stderr of its own test."""
+    log = logging.getLogger("burnish")
+    before = log.handlers[:], log.propagate, log.level
+    yield
+    log.handlers[:], log.propagate = before[0], before[1]
+    log.setLevel(before[2])
 
 
 @pytest.fixture

@@ -221,8 +221,6 @@ def test_a_tracker_that_cannot_be_started_is_told_before_training(tmp_path, monk
 
 
 def test_the_bar_and_the_lines_show_a_step(capfd):
-    import logging
-
     from burnish.runtime import setup_logging
 
     setup_logging(ONE)
@@ -231,6 +229,5 @@ def test_the_bar_and_the_lines_show_a_step(capfd):
         shown.train(STEP)
         shown.eval(EVAL)
         shown.close()
-    logging.getLogger("burnish").handlers.clear()
     text = capfd.readouterr().err
     assert "step 1/9" in text and "loss 0.3333" in text and "200 tokens/s" in text and "left" in text
