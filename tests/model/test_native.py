@@ -72,7 +72,7 @@ def test_documents(kernels, lengths, heads, key_heads, width, window):
     bounds = torch.tensor([0, *lengths]).cumsum(0).int()
     inputs = states(heads, key_heads, sum(lengths), width)
     exact_inputs = [x.detach().float().requires_grad_() for x in inputs]
-    out = attend(*inputs, Paths.of_documents(bounds), 0.2, window)
+    out = attend(*inputs, Paths.of_documents(bounds, inputs[0].shape[2]), 0.2, window)
     exact = document_flash_attention(*exact_inputs, bounds.tolist(), 0.2, window)
     require_near(inputs, out, exact_inputs, exact)
 
@@ -98,7 +98,7 @@ def test_the_same_again_and_whatever_the_number_of_threads(kernels):
         for num_threads in (1, 2, 2):
             torch.set_num_threads(num_threads)
             inputs = states(4, 2, 300, 32)
-            out = attend(*inputs, Paths.of_documents(bounds), 0.2, None)
+            out = attend(*inputs, Paths.of_documents(bounds, inputs[0].shape[2]), 0.2, None)
             results.append([out, *torch.autograd.grad(out.float().square().sum(), inputs)])
     finally:
         torch.set_num_threads(threads)
@@ -111,7 +111,7 @@ def test_what_is_not_finite_is_not_hidden_and_stays_in_its_document(kernels):
     with torch.no_grad():
         value[0, 0, 45, 3] = float("nan")
         key[0, 1, 60, 0] = float("inf")
-    segments = Paths.of_documents(torch.tensor([0, 40, 70, 80]).int())
+    segments = Paths.of_documents(torch.tensor([0, 40, 70, 80]).int(), 80)
     out = attend(query, key, value, segments, 0.2, None)
     bad = ~out.isfinite()
     assert bad[0, 45:70, 0, 3].all() and bad[0, 60:70, 1].any()

@@ -185,12 +185,11 @@ def _without_documents(
     return _written_out(query, key, value, mask, scores), None
 
 
-@torch.compiler.disable(reason=_READS_BOUNDS)
 def _native(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor, scores: Scores
 ) -> Float[torch.Tensor, "1 tokens heads width"]:
     """Our own kernel, for bf16 on CPUs that multiply it in hardware; shared beginnings too."""
-    paths = paths_of(mask) if is_prefix_mask(mask) else Paths.of_documents(mask[0, 0, 0])
+    paths = paths_of(mask) if is_prefix_mask(mask) else Paths.of_documents(mask[0, 0, 0], query.shape[2])
     return attend(query, key, value, paths, scores.scale, scores.window)
 
 

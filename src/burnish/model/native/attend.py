@@ -7,19 +7,17 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import BFloat16, Float, Float32, Int32
-from torch.autograd.function import once_differentiable
+from jaxtyping import BFloat16, Float, Int32
 
 from burnish.model.native.build import kernels
 
-Heads = BFloat16[torch.Tensor, "1 heads tokens width"]
-KeyHeads = BFloat16[torch.Tensor, "1 key_heads tokens width"]
-
-_SCHEMA = (
-    "(Tensor query, Tensor key, Tensor value, Tensor key_bounds, Tensor columns, Tensor query_lengths, "
-    "float scale, int? window) -> (Tensor, Tensor)"
+# What torch would read from annotations, but not from those that name shapes.
+_PATHS = "Tensor key_bounds, Tensor columns, Tensor query_lengths, bool shared, float scale, int? window"
+_FORWARD = f"(Tensor query, Tensor key, Tensor value, {_PATHS}) -> (Tensor, Tensor)"
+_BACKWARD = (
+    "(Tensor gradient, Tensor query, Tensor key, Tensor value, Tensor out, Tensor lse, "
+    f"{_PATHS}) -> (Tensor, Tensor, Tensor)"
 )
-"""Of `attention_forward`; torch would read it from annotations, but not from those that name shapes."""
 _WIDEST = 256
 _LONGEST = 32768
 """A thread lays out a document's keys, values and queries of one head: 90 MiB at this length, 128 wide."""
@@ -41,10 +39,9 @@ class Paths:
     """Whether a column is a key of several segments."""
 
     @staticmethod
-    def of_documents(bounds: Int32[torch.Tensor, " bounds"]) -> Paths:
-        """Documents end to end, `[0, ..., tokens]`."""
-        columns = torch.arange(int(bounds[-1]), dtype=torch.int32)
-        return Paths(bounds.contiguous(), columns, bounds.diff())
+    def of_documents(bounds: Int32[torch.Tensor, " bounds"], tokens: int) -> Paths:
+        """Documents end to end in a row of `tokens`: `[0, ..., tokens]`."""
+        return Paths(bounds.contiguous(), torch.arange(tokens, dtype=torch.int32), bounds.diff())
 
 
 class _States(ctypes.Structure):
@@ -78,7 +75,12 @@ def can_attend(query: torch.Tensor, value: torch.Tensor, longest: int) -> bool:
     known = width == value.shape[-1] and width % _LANES == 0 and width <= _WIDEST
     known = known and longest <= _LONGEST
     bf16 = query.device.type == "cpu" and dtype_of_products(query) == torch.bfloat16
-    return known and bf16 and kernels() is not None
+    return known and bf16 and _kernels_are_there()
+
+
+@torch.compiler.assume_constant_result
+def _kernels_are_there() -> bool:
+    return kernels() is not None
 
 
 def attend(
@@ -105,52 +107,31 @@ def attend(
     Raises:
         MemoryError: There is none left.
     """
-    states = (x.to(torch.bfloat16) for x in (query, key, value))
-    return _Attend.apply(*states, paths, scale, window)
+    q, k, v = (x.to(torch.bfloat16) for x in (query, key, value))
+    numbers = paths.key_bounds, paths.columns, paths.query_lengths, paths.shared
+    out, _ = _attention(q, k, v, *numbers, scale, window)
+    return out
 
 
-class _Attend(torch.autograd.Function):
-    @staticmethod
-    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
-        ctx: Any,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        paths: Paths,
-        scale: float,
-        window: int | None,
-    ) -> torch.Tensor:
-        numbers = paths.key_bounds, paths.columns, paths.query_lengths
-        out, lse = attention_forward(query, key, value, *numbers, scale, window)
-        ctx.save_for_backward(query, key, value, out, lse)
-        ctx.rest = paths, scale, window
-        return out
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: torch.Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
-        return *_backward(gradient, *ctx.saved_tensors, *ctx.rest), None, None, None
-
-
-@torch.library.custom_op("burnish::attention", mutates_args=(), schema=_SCHEMA)
-def attention_forward(
+@torch.library.custom_op("burnish::attention", mutates_args=(), schema=_FORWARD)
+def _attention(  # noqa: PLR0913, PLR0917 (an operation of torch's takes tensors and numbers, no records)
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
     key_bounds: torch.Tensor,
     columns: torch.Tensor,
     query_lengths: torch.Tensor,
+    shared: bool,
     scale: float,
     window: int | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The output, `[1, tokens, heads, width]`, and the log-sum-exp of the scores, `[heads, tokens]`.
 
-    An operation of torch's, so that `activation_checkpointing: light` sees it and keeps what it gives.
+    An operation of torch's, so that `activation_checkpointing: light` sees it and keeps what it gives, and a
+    compiled layer calls it without being cut in two.
     """
-    _, heads, tokens, width = query.shape
-    out = query.new_empty(1, tokens, heads, width)
-    lse = query.new_empty(heads, tokens, dtype=torch.float32)
-    paths = Paths(key_bounds, columns, query_lengths)
+    out, lse = _like_results(query)
+    paths = Paths(key_bounds, columns, query_lengths, shared)
     kept, job = _job(query, key, value, paths, scale, window)
     job.result, job.lse = out.data_ptr(), lse.data_ptr()
     _run("burnish_attention_forward", job)
@@ -158,32 +139,70 @@ def attention_forward(
     return out, lse
 
 
-def _backward(
-    gradient: BFloat16[torch.Tensor, "1 tokens heads width"],
-    query: Heads,
-    key: KeyHeads,
-    value: KeyHeads,
-    out: BFloat16[torch.Tensor, "1 tokens heads width"],
-    lse: Float32[torch.Tensor, "heads tokens"],
-    paths: Paths,
+def _like_results(query: torch.Tensor, *_: object) -> tuple[torch.Tensor, torch.Tensor]:
+    _, heads, tokens, width = query.shape
+    return query.new_empty(1, tokens, heads, width), query.new_empty(heads, tokens, dtype=torch.float32)
+
+
+@torch.library.custom_op("burnish::attention_backward", mutates_args=(), schema=_BACKWARD)
+def _attention_backward(  # noqa: PLR0913, PLR0917
+    gradient: torch.Tensor,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    key_bounds: torch.Tensor,
+    columns: torch.Tensor,
+    query_lengths: torch.Tensor,
+    shared: bool,
     scale: float,
     window: int | None,
-) -> tuple[Heads, KeyHeads, KeyHeads]:
-    d_query, d_key, d_value = (x.new_empty(x.transpose(1, 2).shape) for x in (query, key, value))
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients of query, key and value, in their shapes; heads behind tokens in memory."""
+    d_query, d_key, d_value = gradients = _like_gradients(gradient, query, key, value)
+    paths = Paths(key_bounds, columns, query_lengths, shared)
     kept, job = _job(query, key, value, paths, scale, window)
     outs, out_gradients = _rows(out.transpose(1, 2)), _rows(gradient.transpose(1, 2))
     job.out, job.out_gradient = _states(outs), _states(out_gradients)
     job.result, job.lse = d_query.data_ptr(), lse.data_ptr()
-    if paths.shared:
-        key_sums, value_sums = (torch.zeros(x.shape, dtype=torch.float32) for x in (d_key, d_value))
-        job.key_sums, job.value_sums = key_sums.data_ptr(), value_sums.data_ptr()
+    if shared:
+        sums = [torch.zeros(x.transpose(1, 2).shape, dtype=torch.float32) for x in (key, value)]
+        job.key_sums, job.value_sums = (x.data_ptr() for x in sums)
         _run("burnish_attention_backward", job)
-        d_key, d_value = key_sums.to(key.dtype), value_sums.to(value.dtype)
+        d_key.copy_(sums[0].transpose(1, 2))
+        d_value.copy_(sums[1].transpose(1, 2))
     else:
         job.key_gradient, job.value_gradient = d_key.data_ptr(), d_value.data_ptr()
         _run("burnish_attention_backward", job)
     del kept
-    return d_query.transpose(1, 2), d_key.transpose(1, 2), d_value.transpose(1, 2)
+    return gradients
+
+
+def _like_gradients(
+    gradient: torch.Tensor, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: object
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    del gradient
+    q, k, v = (x.new_empty(x.transpose(1, 2).shape).transpose(1, 2) for x in (query, key, value))
+    return q, k, v
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
+    *tensors, ctx.shared, ctx.scale, ctx.window = inputs
+    ctx.save_for_backward(*tensors, *output)
+    ctx.mark_non_differentiable(output[1])
+
+
+def _gradients(ctx: Any, gradient: torch.Tensor, _: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+    query, key, value, *numbers, out, lse = ctx.saved_tensors
+    rest = ctx.shared, ctx.scale, ctx.window
+    found = _attention_backward(gradient, query, key, value, out, lse, *numbers, *rest)
+    return (*found, *(None for _ in range(6)))
+
+
+_attention.register_fake(_like_results)
+_attention.register_autograd(_gradients, setup_context=_keep)
+_attention_backward.register_fake(_like_gradients)
 
 
 def _rows(x: torch.Tensor) -> torch.Tensor:
