@@ -36,6 +36,7 @@ from step.race import (  # noqa: E402
     ALWAYS_ON_GPUS,
     ALWAYS_WHERE_CROWDED,
     PEERS,
+    QUICKLY,
     Settings,
     run_case,
     run_curve,
@@ -97,7 +98,7 @@ def parse() -> argparse.Namespace:
 def racers_of(case: Case, args: argparse.Namespace) -> list[str]:
     """Who races in this case."""
     peers = QUICK_PEERS if args.quick else PEERS if case.all_peers else NEAR_PEERS
-    always = ALWAYS
+    always = ALWAYS if case.all_peers and not args.quick else QUICKLY
     if args.device == "cuda":
         always = ALWAYS_WHERE_CROWDED if case.crowded else ALWAYS_ON_GPUS
     return list(dict.fromkeys([*always, *(args.racers.split(",") if args.racers else peers)]))

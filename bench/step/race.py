@@ -20,7 +20,9 @@ from step.cases import Case, python_path, read_race, write_case
 from step.trl_grid import TRL_GRID
 
 BENCH = Path(__file__).parents[1]
-ALWAYS = ("matrix", "burnish", "hf-packed", "hf-packed-as-is")
+ALWAYS = ("matrix", "burnish", "burnish-compiled", "hf-packed", "hf-packed-as-is", "hf-packed-compiled")
+QUICKLY = ("matrix", "burnish", "hf-packed", "hf-packed-as-is")
+"""Without who compiles, a minute each."""
 ALWAYS_ON_GPUS = ("matrix", "burnish", "burnish-compiled", "hf-packed")
 """There is no allocator setting there, and all who race are on the device at once."""
 ALWAYS_WHERE_CROWDED = ("matrix", "burnish")

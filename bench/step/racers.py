@@ -55,6 +55,7 @@ def own_engine(race: Race, device: torch.device, compiled: bool = False) -> tupl
 
 def burnish(race: Race, turns: Turns, compiled: bool = False) -> None:
     """`train_step` with everything around it that the loop does for a step."""
+    from burnish.train.rehearsal import rehearse
     from burnish.train.step import train_step
 
     device = pick_device(ALONE)
@@ -64,6 +65,8 @@ def burnish(race: Race, turns: Turns, compiled: bool = False) -> None:
     freed = FreedMemory(device)
     freed.settle(memory.device.kept > 0, memory.over_process)
     engine, feed = own_engine(race, device, compiled)
+    told = race.config.model.model_copy(update={"compile": compiled})
+    rehearse(engine, race.config.model_copy(update={"model": told}), feed, evaluates=False, ranks=ALONE)
     forget_peak()
     turns.ready({})
     config = race.config
@@ -108,12 +111,19 @@ Forward = Callable[[Any, Sequence[Example], torch.device], torch.Tensor]
 
 
 def _plain_loop(
-    race: Race, turns: Turns, forward: Forward, documents_at_once: int, as_is: bool = False
+    race: Race,
+    turns: Turns,
+    forward: Forward,
+    documents_at_once: int,
+    as_is: bool = False,
+    compiled: bool = False,
 ) -> None:
     device = pick_device(ALONE)
     if not as_is:
         keep_freed_memory(device)
     model = load_plain(race).to(device).train()
+    if compiled:
+        model.compile(dynamic=True)
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-4, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
     forget_peak()
@@ -201,6 +211,11 @@ def _openrlhf(model: Any, documents: Sequence[Example], device: torch.device) ->
 def hf_packed(race: Race, turns: Turns) -> None:
     """One row, 4D mask, all logits."""
     _plain_loop(race, turns, hf_packed_nll, race.case.examples_per_step)
+
+
+def hf_packed_compiled(race: Race, turns: Turns) -> None:
+    """The same with its layers compiled, as `TrainingArguments(torch_compile=True)` would, for any length."""
+    _plain_loop(race, turns, hf_packed_nll, race.case.examples_per_step, compiled=True)
 
 
 def hf_packed_as_is(race: Race, turns: Turns) -> None:

@@ -12,9 +12,10 @@ _BLOCK = re.compile(r"(<!-- made by bench/step\.py -->\n).*?(<!-- end of bench/s
 
 NAMES = {
     "burnish": "Burnish",
-    "burnish-compiled": "Burnish, model.compile",
+    "burnish-compiled": "Burnish, model.compile (as runs of ten minutes and more are trained)",
     "hf-packed": "Hugging Face, packed, 4D mask, all logits",
     "hf-packed-as-is": "Hugging Face, packed, without the allocator setting",
+    "hf-packed-compiled": "Hugging Face, packed, compiled",
     "hf-padded": "Hugging Face, padded, all logits",
     "openrlhf": "OpenRLHF's forward and loss (emulated), padded",
     "trl": "TRL, defaults",
@@ -75,9 +76,12 @@ def verdicts(found: Mapping[str, Any], curve: Mapping[str, Any] | None) -> dict[
     if tuned:  # that which was the fastest in the first round is the one that went on
         best = max(tuned, key=lambda name: (racers[name]["rounds"], -racers[name]["seconds"]["median"]))
         ratios["trl best"] = ratios[best]
+    compiled = ratios.get("burnish-compiled", 1.0)
     for name, least in GATES.get(found["case"], {}).items():
         if name in ratios:
-            met[f"{least} over {name} (is {ratios[name]:.2f})"] = ratios[name] >= least
+            long_run = ratios[name] / compiled
+            also = f", {long_run:.2f} over compiled layers" if "burnish-compiled" in ratios else ""
+            met[f"{least} over {name} (is {ratios[name]:.2f}{also})"] = long_run >= least
     if found["case"] in GATES and "hf-packed" in racers:
         share = racers["burnish"]["peak_over_model_bytes"] / racers["hf-packed"]["peak_over_model_bytes"]
         met[f"memory at most {MEMORY_GATE} of hf-packed (is {share:.2f})"] = share <= MEMORY_GATE

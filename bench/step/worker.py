@@ -33,6 +33,7 @@ def main() -> None:
                 "burnish-compiled": racers.burnish_compiled,
                 "hf-packed": racers.hf_packed,
                 "hf-packed-as-is": racers.hf_packed_as_is,
+                "hf-packed-compiled": racers.hf_packed_compiled,
                 "hf-padded": racers.hf_padded,
                 "openrlhf": racers.openrlhf,
                 "matrix": racers.matrix,

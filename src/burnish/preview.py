@@ -22,6 +22,7 @@ from burnish.plan import (
     find_device,
     make_plan,
     resolve_auto,
+    resolve_compile,
     surely_apart,
     surely_packed,
     unshared,
@@ -82,6 +83,7 @@ def plan_run(config: Config, options: PlanOptions = HERE) -> Plan:
     from burnish.data.windows import plan_windows
     from burnish.launch import num_gpus as num_gpus_here
     from burnish.launch import num_workers
+    from burnish.runtime import cxx_compiler
 
     device = _device(options)
     world_size = num_workers(config.launch) if options.gpus is None else options.gpus
@@ -99,7 +101,9 @@ def plan_run(config: Config, options: PlanOptions = HERE) -> Plan:
     prefixes = Prefixes(data.train, unshared(config, kind, problem))
     layout = packed, shape.cost_model(), config.engine.sequence_parallel
     windows = plan_windows(data.train, config.data, config.batch, config.train, parallel, *layout, prefixes)
-    counts, choices = count_windows(windows, data.train), explain_auto(asked, config, memory)
+    counts = count_windows(windows, data.train)
+    config = resolve_compile(config, counts, shape, kind, cxx_compiler() is not None)
+    choices = explain_auto(asked, config, memory)
     return make_plan(config, counts, shape, world_size, device, kind, choices, memory)
 
 

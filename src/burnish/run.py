@@ -29,12 +29,12 @@ from burnish.host_memory import FreedMemory, bound_kernel_caches
 from burnish.metrics import MetricsWriter
 from burnish.model.attention import asked, can_isolate
 from burnish.model.build import build_model
-from burnish.model.compiled import compile_layers
+from burnish.model.compiled import cannot_compile, compile_layers
 from burnish.model.foresee import shape_of
 from burnish.model.forward import SupervisedModel
 from burnish.model.load import load_model_config, stored_dtype
 from burnish.model.objective import Objective
-from burnish.plan import explain_auto, make_plan, resolve_auto, unshared
+from burnish.plan import explain_auto, make_plan, resolve_auto, resolve_compile, unshared
 from burnish.report.run_files import write_run_files
 from burnish.runtime import (
     device_memory_bytes,
@@ -88,12 +88,15 @@ def train(config: Config) -> Path:
         parts, layout = max(1, ranks.world_size // sharing), (capability.packed, shape.cost_model(), sharing)
         prefixes = Prefixes(data.train, unshared(config, device.type, capability.unshared))
         windows = plan_windows(data.train, config.data, config.batch, config.train, parts, *layout, prefixes)
-        counts, choices = count_windows(windows, data.train), explain_auto(asked_for, config, memory)
+        counts = count_windows(windows, data.train)
+        able = cannot_compile(model, capability, device) is None
+        config = resolve_compile(config, counts, shape, device.type, able)
+        choices = explain_auto(asked_for, config, memory)
         plan = make_plan(config, counts, *world, None, device.type, choices, memory)
         log.info("%s\n%s", plan.describe(), capability.reason)
 
         freed.settle(plan.memory.device.kept > 0, plan.memory.over_process)
-        compile_layers(model, capability, device, config.model.compile)
+        compile_layers(model, capability, device, config.model.compile is True)
         supervised = SupervisedModel(model, capability, Objective.of(config.train))
         engine = build_engine(config, ranks, device, supervised)
         exporter = Exporter(config, engine, model, tokenizer, template, ranks)

@@ -49,6 +49,9 @@ class OneNumber(Engine):
     def forward_backward(self, micro_batch: MicroBatch, total_weight: float) -> torch.Tensor:
         raise NotImplementedError
 
+    def rehearse(self, micro_batch: MicroBatch) -> None:
+        raise NotImplementedError
+
     def step(self, lr: float) -> StepResult:
         raise NotImplementedError
 

@@ -50,6 +50,9 @@ class PoisonedEngine(Engine):
     def forward_backward(self, micro_batch: MicroBatch, total_weight: float) -> torch.Tensor:
         return self._inner.forward_backward(micro_batch, self._poison.get(self._step, total_weight))
 
+    def rehearse(self, micro_batch: MicroBatch) -> None:
+        self._inner.rehearse(micro_batch)
+
     def step(self, lr: float) -> StepResult:
         self._step += 1
         return self._inner.step(lr)

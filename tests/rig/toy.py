@@ -121,5 +121,5 @@ def toy_model(config: Config, dtype: torch.dtype, tied: bool = False, mlp_width:
         freeze=config.model.freeze,
         mlp_tile_tokens=config.model.mlp_tile_tokens,
     )
-    compile_layers(adapted, capability, torch.device("cpu"), config.model.compile)
+    compile_layers(adapted, capability, torch.device("cpu"), config.model.compile is True)
     return SupervisedModel(adapted, capability, Objective.of(config.train))

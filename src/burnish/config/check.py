@@ -48,7 +48,8 @@ def check_config(config: Config) -> list[Problem]:
 def contradictions(config: Config) -> Iterator[Problem]:
     """Those of `check_config` that keys alone tell: a pure function."""
     yield from _check_model_keys(config)
-    yield from _check_compile(config)
+    if config.model.compile is True:
+        yield from compile_conflicts(config)
     yield from refused_layout(config)
     yield from _check_batch(config)
     yield from _check_engine(config)
@@ -87,9 +88,8 @@ def _check_model_keys(config: Config) -> Iterator[Problem]:
         yield Problem("adapter.targets", "is an empty list: nothing would be trained", cure)
 
 
-def _check_compile(config: Config) -> Iterator[Problem]:
-    if not config.model.compile:
-        return
+def compile_conflicts(config: Config) -> Iterator[Problem]:
+    """What of a config does not go with compiled layers."""
     cure = "Leave one of them out."
     if config.model.activation_checkpointing == "light":
         what = "does not go with activation_checkpointing: light, which is what the compiler does by itself"

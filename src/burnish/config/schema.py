@@ -43,8 +43,9 @@ class ModelConfig(_Section):
     activation_checkpointing: Literal["none", "light", "full", "offload", "auto"] = "none"
     """What the backward computes again to save memory: light all but products, full whole layers, offload
     full with their inputs in the host's memory; auto follows the memory plan."""
-    compile: bool = False
-    """Compile each layer (torch.compile): fewer kernels, after a minute or so at the start. For GPUs."""
+    compile: bool | Auto = "auto"
+    """Compile each layer (torch.compile): faster steps after a minute or so at the start. auto does it for
+    long runs on CPUs."""
     mlp_tile_tokens: PositiveInt | None = None
     """Compute MLPs so many tokens at a time, and again in the backward: for long documents. null whole."""
     trust_remote_code: bool = False

@@ -67,6 +67,10 @@ class Engine(Scorer):
         """
 
     @abstractmethod
+    def rehearse(self, micro_batch: MicroBatch) -> None:
+        """Forward and backward of a micro-batch of which nothing is kept: for who compiles what it sees."""
+
+    @abstractmethod
     def step(self, lr: float) -> StepResult:
         """Clip and apply the gradients added since the last step, on all ranks or on none."""
 

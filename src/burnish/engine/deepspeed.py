@@ -73,7 +73,7 @@ from burnish.engine.gradients import clip_gradients, finite_on_all_ranks, global
 from burnish.engine.muon import MuonAdamW
 from burnish.engine.optimizer import build_optimizer, set_learning_rate
 from burnish.engine.phases import PhaseClock
-from burnish.engine.precision import LossScale, compiles_products
+from burnish.engine.precision import LossScale, autocast, compiles_products
 from burnish.engine.state_files import exported_weights
 from burnish.errors import CheckpointError, ConfigError, MachineError, Problem, counted
 from burnish.model.device_batch import to_device
@@ -174,6 +174,7 @@ class DeepSpeedEngine(Engine):
         self._ranks = ranks
         self._device = device
         compute_dtype = torch.float32 if runs_in_fp32(config) else COMPUTE_DTYPES[config.model.dtype]
+        self._compute_dtype = compute_dtype
         self._fill_up = compiles_products(device, compute_dtype)
         self._clock = PhaseClock(device)
         self._run_dir = Path(config.output_dir)
@@ -254,6 +255,15 @@ class DeepSpeedEngine(Engine):
                 self._engine.optimizer.loss_scaler.cur_scale = self._scale.value
             self._engine.backward(loss, scale_wrt_gas=False)
         return nll_sum.detach()
+
+    def rehearse(self, micro_batch: MicroBatch) -> None:
+        """See `Engine.rehearse`. Past DeepSpeed, which would take note of a backward; not at stage 3."""
+        # At other stages than 0 weights are in the forward's dtype.
+        runs_in = self._compute_dtype if self._stage == 0 else torch.float32
+        with autocast(self._device, runs_in):
+            nll_sum = self._engine.module(to_device(micro_batch, self._device, self._fill_up))
+        trained = [p for p in self._engine.module.parameters() if p.requires_grad]
+        torch.autograd.grad(nll_sum, trained, allow_unused=True)
 
     def step(self, lr: float) -> StepResult:
         """See `Engine.step`."""

@@ -127,6 +127,12 @@ class LocalEngine(Engine):
             (nll_sum / total_weight * self._scale.value).backward()
         return nll_sum.detach()
 
+    def rehearse(self, micro_batch: MicroBatch) -> None:
+        """See `Engine.rehearse`."""
+        with autocast(self._device, self._compute_dtype):
+            nll_sum = self._model(to_device(micro_batch, self._device, self._fill_up))
+        torch.autograd.grad(nll_sum, self._parameters, allow_unused=True)
+
     def step(self, lr: float) -> StepResult:
         """See `Engine.step`."""
         sum_gradients(self._parameters, self._ranks)

@@ -80,6 +80,10 @@ class SequenceParallelEngine(Engine):
         """See `Engine.forward_backward`; the sum is over this rank's part."""
         return self._engine.forward_backward(own_part(micro_batch, self._index, self._size), total_weight)
 
+    def rehearse(self, micro_batch: MicroBatch) -> None:
+        """See `Engine.rehearse`."""
+        self._engine.rehearse(own_part(micro_batch, self._index, self._size))
+
     def step(self, lr: float) -> StepResult:
         """See `Engine.step`."""
         return self._engine.step(lr)

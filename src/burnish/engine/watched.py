@@ -41,6 +41,11 @@ class WatchedEngine(Engine):
         self._give_back()
         return nll_sum
 
+    def rehearse(self, micro_batch: MicroBatch) -> None:
+        """See `Engine.rehearse`."""
+        self._beat("a micro-batch of a rehearsal")
+        self._engine.rehearse(micro_batch)
+
     def step(self, lr: float) -> StepResult:
         """See `Engine.step`."""
         self._beat(f"the update, {self._num_steps} steps after the start")

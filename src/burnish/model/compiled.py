@@ -7,7 +7,7 @@ length would be made again for the next.
 
     not compiled      +- norm | q k v | rotate | attention | o | add | norm | gate up | act | down | add -+
     compiled          +- norm | q k v | rotate | attention | o | add+norm   | gate up | act | down | add -+
-                         casts within the neighbours; on a CPU attention stays a call of its own
+                         casts within the neighbours
 
 What a compiled layer keeps for its backward, the compiler chooses: cheap operations are computed again, as
 with `activation_checkpointing: light`.
@@ -38,7 +38,7 @@ def compile_layers(model: nn.Module, capability: Capability, device: torch.devic
         model: A causal language model, adapted or not, after `can_isolate`: trials need no kernels.
         capability: What was found there.
         device: Where it will be computed.
-        wanted: `model.compile`; nothing is done without it.
+        wanted: `model.compile`, as resolved; nothing is done without it.
 
     Raises:
         ConfigError: The model is not made of layers that transformers knows as such.
@@ -46,15 +46,29 @@ def compile_layers(model: nn.Module, capability: Capability, device: torch.devic
     """
     if not wanted:
         return
-    _require_compiler(device)
-    found = list(_regions(model, capability))
-    if not found:
-        what = f"{type(causal_model(model)).__name__} has no layers that could be compiled"
-        raise ConfigError(Problem("model.compile", what, "Leave it out."))
+    problem = cannot_compile(model, capability, device)
+    if problem is not None:
+        raise problem
     # What the compiler cannot do runs as it is, and torch says so: a scan of Mamba with open sizes, say.
     torch._dynamo.config.suppress_errors = True
-    for region in found:
+    for region in _regions(model, capability):
         region.compile(dynamic=True)
+
+
+def cannot_compile(
+    model: nn.Module, capability: Capability, device: torch.device
+) -> ConfigError | MachineError | None:
+    """What there is not: a compiler, or layers that it knows. None if there is both."""
+    cure = "Leave model.compile out, or install it: apt install g++."
+    if cxx_compiler() is None:
+        return MachineError(Problem("model.compile", "there is no C++ compiler", cure))
+    if device.type == "cuda" and importlib.util.find_spec("triton") is None:
+        cure = "Leave model.compile out, or install triton, which torch for CUDA comes with."
+        return MachineError(Problem("model.compile", "triton is not installed", cure))
+    if next(_regions(model, capability), None) is None:
+        what = f"{type(causal_model(model)).__name__} has no layers that could be compiled"
+        return ConfigError(Problem("model.compile", what, "Leave it out."))
+    return None
 
 
 def _regions(model: nn.Module, capability: Capability) -> Iterator[nn.Module]:
@@ -68,12 +82,3 @@ def _regions(model: nn.Module, capability: Capability) -> Iterator[nn.Module]:
             yield from module.children()
         elif isinstance(module, GradientCheckpointingLayer):
             yield module
-
-
-def _require_compiler(device: torch.device) -> None:
-    cure = "Leave model.compile out, or install it: apt install g++."
-    if cxx_compiler() is None:
-        raise MachineError(Problem("model.compile", "there is no C++ compiler", cure))
-    if device.type == "cuda" and importlib.util.find_spec("triton") is None:
-        cure = "Leave model.compile out, or install triton, which torch for CUDA comes with."
-        raise MachineError(Problem("model.compile", "triton is not installed", cure))

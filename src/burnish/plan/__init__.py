@@ -2,6 +2,7 @@
 
 from burnish.plan.auto import explain_auto, fit_micro_tokens, resolve_auto
 from burnish.plan.build import Plan, make_plan
+from burnish.plan.compilation import resolve_compile
 from burnish.plan.counts import (
     DEFAULT_GLOBAL_EXAMPLES,
     DEFAULT_MICRO_TOKENS,
@@ -41,6 +42,7 @@ __all__ = [
     "make_plan",
     "num_warmup_steps",
     "resolve_auto",
+    "resolve_compile",
     "seconds_text",
     "suggest",
     "surely_apart",

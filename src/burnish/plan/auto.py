@@ -60,11 +60,11 @@ def resolve_auto(
 
 
 def explain_auto(asked: Config, resolved: Config, memory_bytes: int | None) -> tuple[str, ...]:
-    """What was left to the memory plan, what it chose and why: a sentence each.
+    """What was left to the plan, what it chose and why: a sentence each.
 
     Args:
         asked: As the user gave it.
-        resolved: By `resolve_auto`.
+        resolved: By `resolve_auto`, and by `resolve_compile`.
         memory_bytes: What each rank may use, as given there.
     """
     have = "unknown memory" if memory_bytes is None else f"{bytes_text(memory_bytes)} a rank"
@@ -84,4 +84,6 @@ def explain_auto(asked: Config, resolved: Config, memory_bytes: int | None) -> t
         least = resolved.batch.micro_tokens == asked.data.max_tokens
         why = "the longest example" if least else "the most that pay and that the plan fits into"
         chosen.append(f"{what}, {why}" + ("" if least else f" {have}"))
+    if asked.model.compile == "auto" and resolved.model.compile is True:
+        chosen.append("model.compile: true, the run is long enough to gain more than a minute's compiling")
     return tuple(chosen)

@@ -45,7 +45,7 @@ def choose_recomputation(
         return "none"
     asked = config.batch.micro_tokens
     tokens = max(config.data.max_tokens, asked if isinstance(asked, int) else DEFAULT_MICRO_TOKENS)
-    levels = COMPILED_LEVELS if config.model.compile else LEVELS
+    levels = COMPILED_LEVELS if config.model.compile is True else LEVELS
     for level in levels:
         trial = with_recomputation(config, level)
         needed = estimate_memory(trial, shape, world_size, tokens, device_type=device_type).device.total

@@ -28,6 +28,7 @@ from burnish.plan import learning_rate
 from burnish.records import EvalStats, StepStats, TrainState, Window
 from burnish.runtime import Ranks, barrier, log, seed_everything
 from burnish.train.evaluate import Cuts, evaluate
+from burnish.train.rehearsal import rehearse
 from burnish.train.signals import StopRequest
 from burnish.train.step import Feed, train_step
 from burnish.watchdog import Watchdog
@@ -111,6 +112,7 @@ def _run(job: TrainJob, stop: StopRequest) -> tuple[TrainState, _Keeper]:
         log.warning("%s is of an earlier run; it is replaced when this one is done.", job.run_dir / "final")
     if job.on_start is not None:
         job.on_start()
+    rehearse(job.engine, job.config, job.feed, job.eval_store is not None, job.ranks)
     keeper = _Keeper(job, state, resumed_from)
     if resumed_from is None or state.eval_due:
         state = _evaluate_and_track(job, keeper, replace(state, eval_due=False))

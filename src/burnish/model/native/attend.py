@@ -114,7 +114,7 @@ def attend(
 
 
 @torch.library.custom_op("burnish::attention", mutates_args=(), schema=_FORWARD)
-def _attention(  # noqa: PLR0913, PLR0917 (an operation of torch's takes tensors and numbers, no records)
+def _attention(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
@@ -140,12 +140,12 @@ def _attention(  # noqa: PLR0913, PLR0917 (an operation of torch's takes tensors
 
 
 def _like_results(query: torch.Tensor, *_: object) -> tuple[torch.Tensor, torch.Tensor]:
-    _, heads, tokens, width = query.shape
+    heads, tokens, width = query.shape[1:]
     return query.new_empty(1, tokens, heads, width), query.new_empty(heads, tokens, dtype=torch.float32)
 
 
 @torch.library.custom_op("burnish::attention_backward", mutates_args=(), schema=_BACKWARD)
-def _attention_backward(  # noqa: PLR0913, PLR0917
+def _attention_backward(  # noqa: PLR0913, PLR0917 (an operation of torch takes tensors and numbers, no records)
     gradient: torch.Tensor,
     query: torch.Tensor,
     key: torch.Tensor,
