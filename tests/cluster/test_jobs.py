@@ -124,6 +124,14 @@ def test_the_sbatch_script_ends_and_goes_on_as_it_should(
     assert (tmp_path / "saved").exists() == (send is not None)
 
 
+def test_the_tasks_may_end_before_the_script_has_dealt_with_the_signal(config_path, tmp_path):
+    _, script = job_file("slurm", config_path, options=JobOptions(python="python"))
+    told = 'kill -TERM "$tasks"'
+    slowly = script.replace(told, f"{told}; sleep 1")
+    assert slowly != script
+    assert run_script(slowly, tmp_path, -1, signal.SIGUSR1) == (143, ["requeue 77"])
+
+
 def test_a_sigterm_to_the_script_alone_does_not_end_it(config_path, tmp_path):
     _, script = job_file("slurm", config_path, options=JobOptions(python="python"))
     later = "(sleep 1; kill -TERM $$; sleep 0.5; echo 0 > behaviour) &"

@@ -31,21 +31,27 @@ _SCRIPT = """\
 
 set -u
 asked=0
+woken=0
 on_early_signal() {{
     asked=1
+    woken=1
     # The tasks finish their step, save a checkpoint and exit with 143.
     kill -TERM "$tasks"
 }}
 trap on_early_signal USR1
-trap : TERM  # scancel reaches the tasks by itself; stay to see them end
+trap woken=1 TERM  # scancel reaches the tasks by itself; stay to see them end
 {environment}
 srun --kill-on-bad-exit=0 --wait={wait_seconds}{cpus} \\
     {command} &
 tasks=$!
 
-# `wait` returns when a signal arrives; only when srun is gone has it told the exit code.
-wait "$tasks"; code=$?
-while kill -0 "$tasks" 2>/dev/null; do wait "$tasks"; code=$?; done
+# `wait` also returns when a signal arrives, and then with the signal's code, even if srun ended meanwhile.
+# 127: there is nothing left to wait for, the code was told before.
+code=127
+while woken=0; wait "$tasks"; told=$?; do
+    [ "$told" -eq 127 ] || code=$told
+    [ "$woken" -eq 1 ] || break
+done
 
 # {try_again}: a rank hung or a host fell away. Anything else that was not asked for is for you to mend.
 again=$asked
