@@ -41,7 +41,7 @@ def trained(case: dict[str, Any]) -> dict[str, Any]:
     device = torch.device(case["device"])
     document_attention.kernel_for = (lambda *_: "varlen") if case["varlen"] else KERNEL_FOR
     family = case["family"]
-    model = build(family) if family in FAMILIES else build_small(family)
+    model = build(family, **case["changes"]) if family in FAMILIES else build_small(family)
     capability = can_isolate(model)
     adapted = adapt(model, AdapterConfig(rank=4, alpha=8) if case["adapter"] else None, case["level"])
     supervised = SupervisedModel(adapted, capability).train()

@@ -18,10 +18,11 @@ from burnish.errors import ConfigError, MachineError
 from burnish.model import compiled
 from burnish.model.attention import can_isolate
 from burnish.model.compiled import compile_layers
+from burnish.model.native import build as build_kernels
 
 CPU = torch.device("cpu")
 PLAIN: dict[str, Any] = {
-    "family": "llama", "wanted": False, "adapter": False, "level": "none", "bf16": False, "varlen": False,
+    "family": "llama", "changes": {}, "wanted": False, "adapter": False, "level": "none", "bf16": False, "varlen": False,
     "device": "cpu",
     "backend": "inductor",
 }  # fmt: skip
@@ -31,6 +32,8 @@ QUICK: dict[str, dict[str, Any]] = {
     "varlen": {"varlen": True},
     # Traced and differentiated as for kernels, but run as it is: seconds instead of a minute.
     "varlen-compiled": {"varlen": True, "wanted": True, "backend": "aot_eager"},
+    "native": {"changes": {"head_dim": 16}, "bf16": True},
+    "native-compiled": {"changes": {"head_dim": 16}, "bf16": True, "wanted": True, "backend": "aot_eager"},
     "latent": {"family": "deepseek_v3"},
     "latent-varlen": {"family": "deepseek_v3", "varlen": True},
     "window": {"family": "mistral"},
@@ -98,7 +101,7 @@ def test_same_gradients(quick: dict[str, Any]) -> None:
     same(quick["compiled"], quick["plain"])
     counted = quick["compiled"]["counted"]
     assert counted["stats"]["unique_graphs"] > 0
-    # Attention on a CPU is a call of its own; nothing else breaks a layer.
+    # Attention in fp32 on a CPU is a call of its own; nothing else breaks a layer.
     assert all("read from a tensor" in reason for reason in counted["graph_break"]), counted["graph_break"]
 
 
@@ -113,6 +116,14 @@ def test_a_gpus_way_is_compiled_without_a_break(quick: dict[str, Any]) -> None:
     counted = quick["varlen-compiled"]["counted"]
     assert not counted.get("graph_break"), counted["graph_break"]
     # A layer, and the parts of the last one, whose norms are alike: no length costs another compilation.
+    assert counted["stats"]["unique_graphs"] == 4
+
+
+@pytest.mark.skipif(build_kernels.why_not() is not None, reason=f"no kernels: {build_kernels.why_not()}")
+def test_our_kernel_does_not_break_a_layer(quick: dict[str, Any]) -> None:
+    same(quick["native-compiled"], quick["native"])
+    counted = quick["native-compiled"]["counted"]
+    assert not counted.get("graph_break"), counted["graph_break"]
     assert counted["stats"]["unique_graphs"] == 4
 
 

@@ -106,6 +106,15 @@ def test_the_same_again_and_whatever_the_number_of_threads(kernels):
         assert all(torch.equal(a, b) for a, b in zip(results[0], again, strict=True))
 
 
+@pytest.mark.parametrize("window", [None, 37])
+def test_the_operation_is_what_torch_expects(kernels, window):
+    """Its schema, what it says of shapes and layouts, its gradient, and both under a compiler's tracing."""
+    inputs = states(4, 2, 90, 32)
+    paths = Paths.of_documents(torch.tensor([0, 40, 41, 90]).int(), 90)
+    numbers = paths.key_bounds, paths.columns, paths.query_lengths, False, 0.2, window
+    torch.library.opcheck(attend_module._attention, (*inputs, *numbers))
+
+
 def test_what_is_not_finite_is_not_hidden_and_stays_in_its_document(kernels):
     inputs = query, key, value = states(2, 2, 80, 32)
     with torch.no_grad():
