@@ -22,8 +22,8 @@ from burnish.model.native import build as build_kernels
 
 CPU = torch.device("cpu")
 PLAIN: dict[str, Any] = {
-    "family": "llama", "changes": {}, "wanted": False, "adapter": False, "level": "none", "bf16": False, "varlen": False,
-    "device": "cpu",
+    "family": "llama", "changes": {}, "wanted": False, "adapter": False, "level": "none", "bf16": False,
+    "varlen": False, "device": "cpu",
     "backend": "inductor",
 }  # fmt: skip
 QUICK: dict[str, dict[str, Any]] = {

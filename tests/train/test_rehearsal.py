@@ -34,7 +34,7 @@ def met(folder: Path, settings: dict[str, Any], evaluates: bool = True) -> list[
 
 
 def test_both_kinds_of_last_layers_in_training_and_in_evaluation(tmp_path: Path) -> None:
-    calls = met(tmp_path, {"data.max_tokens": 4096})
+    calls = met(tmp_path, {"data.max_tokens": 4096, "batch.micro_tokens": 4096})
     assert [name for name, _ in calls] == ["rehearse", "evaluate"] * 2
     assert [name for name, _ in met(tmp_path, {}, evaluates=False)] == ["rehearse"] * 2
     shares = [float((row.targets != NO_TARGET).mean()) for _, row in calls]
