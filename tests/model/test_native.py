@@ -10,9 +10,10 @@ from torch.nn import functional
 
 from burnish.model.cpu_kernel import document_flash_attention
 from burnish.model.native import attend as attend_module
-from burnish.model.native import build, rows
+from burnish.model.native import build
+from burnish.model.native import softmax as softmax_module
 from burnish.model.native.attend import Paths, attend, can_attend
-from burnish.model.native.rows import softmax_rows
+from burnish.model.native.softmax import softmax
 from burnish.model.prefix_attention import (
     Segments,
     paths_of,
@@ -35,7 +36,7 @@ def kernels(request, monkeypatch):
         pytest.skip("this processor has no AMX")
     library = build._load(request.param)
     assert library is not None
-    for module in (attend_module, rows):
+    for module in (attend_module, softmax_module):
         monkeypatch.setattr(module, "kernels", lambda: library)
     return library
 
@@ -131,30 +132,68 @@ def test_what_is_not_finite_is_not_hidden_and_stays_in_its_document(kernels):
         assert gradient[0, :, :40].isfinite().all() and gradient[0, :, 70:].isfinite().all()
 
 
+def laid_out(logits, by_tokens):
+    """In one of the two layouts: tokens first in memory, or vocabulary first."""
+    return logits.contiguous() if by_tokens else logits.T.contiguous().T
+
+
+@pytest.mark.parametrize("by_tokens", [True, False])
+@pytest.mark.parametrize("tokens", [9, 16, 70])
 @pytest.mark.parametrize("size", [16, 53, 777, 32000])
-def test_softmax(kernels, size):
+def test_softmax(kernels, size, tokens, by_tokens):
     generator = torch.Generator().manual_seed(0)
-    logits = (8 * torch.randn(9, size, generator=generator)).bfloat16()
+    logits = laid_out((8 * torch.randn(tokens, size, generator=generator)).bfloat16(), by_tokens)
     logits[1] = -200.0
     logits[2, 3] = 300.0  # a share of 1: its gradient is the rest, not 0 in the sum of others
-    targets = torch.randint(size, (9,), generator=generator)
-    targets[2], nll = 3, torch.empty(9)
+    targets = torch.randint(size, (tokens,), generator=generator)
+    targets[2], nll = 3, torch.empty(tokens)
     exact = logits.double().requires_grad_()
     expected = functional.cross_entropy(exact, targets, reduction="none")
     (slope,) = torch.autograd.grad(expected.sum(), exact)
-    softmax_rows(logits.clone(), targets, nll, gradient=False)
+    softmax(logits.clone(), targets, nll, gradient=False)
     torch.testing.assert_close(nll.double(), expected.detach(), rtol=1e-6, atol=4e-6)
-    softmax_rows(logits, targets, nll, gradient=True)
+    softmax(logits, targets, nll, gradient=True)
+    at_targets = torch.arange(tokens), targets
+    torch.testing.assert_close(logits[at_targets].double(), slope[at_targets], rtol=8e-3, atol=4e-6)
+    logits[at_targets], slope[at_targets] = 0, 0
     torch.testing.assert_close(logits.double(), slope, rtol=8e-3, atol=1e-30)
 
 
-def test_softmax_of_what_is_not_finite(kernels):
-    logits = torch.zeros(3, 40).bfloat16()
-    logits[0, 7], logits[1, 7], logits[2, 7] = float("nan"), float("inf"), float("-inf")
+@pytest.mark.parametrize("by_tokens", [True, False])
+def test_softmax_of_what_is_not_finite(kernels, by_tokens):
+    logits = laid_out(torch.zeros(3, 40).bfloat16(), by_tokens)
+    logits[:, 7] = torch.tensor([float("nan"), float("inf"), float("-inf")])
     nll = torch.empty(3)
-    softmax_rows(logits, torch.tensor([7, 7, 0]), nll, gradient=True)
+    softmax(logits, torch.tensor([7, 7, 0]), nll, gradient=True)
     assert nll[0].isnan() and nll[1].isnan() and nll[2].item() == pytest.approx(torch.tensor(39.0).log())
     assert logits[0].isnan().all() and logits[2].isfinite().all()
+
+
+@pytest.mark.parametrize("by_tokens", [True, False])
+def test_softmax_over_words_that_cannot_be_produced(kernels, by_tokens):
+    logits = laid_out(torch.full((20, 400), float("-inf")).bfloat16(), by_tokens)
+    logits[:, 130:140] = 1.0
+    nll = torch.empty(20)
+    softmax(logits, torch.full((20,), 130), nll, gradient=True)
+    torch.testing.assert_close(nll, torch.full((20,), 10.0).log())
+    torch.testing.assert_close(logits[:, 131:140].float(), torch.full((20, 9), 0.1), rtol=8e-3, atol=0)
+    assert logits[:, :130].abs().max() < 1e-30 and logits[:, 140:].abs().max() < 1e-30
+
+
+@pytest.mark.parametrize("by_tokens", [True, False])
+def test_softmax_is_the_same_whatever_the_number_of_threads(kernels, by_tokens):
+    logits = (8 * torch.randn(50, 1000, generator=torch.Generator().manual_seed(0))).bfloat16()
+    targets, results, threads = torch.arange(50), [], torch.get_num_threads()
+    try:
+        for num_threads in (1, 2, 3):
+            torch.set_num_threads(num_threads)
+            gradient, nll = laid_out(logits, by_tokens).clone(), torch.empty(50)
+            softmax(gradient, targets, nll, gradient=True)
+            results.append((gradient, nll))
+    finally:
+        torch.set_num_threads(threads)
+    for again in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], again, strict=True))
 
 
 @needs_kernels

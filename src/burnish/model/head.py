@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float, Float32, Int64
 from torch.autograd.function import once_differentiable
 
-from burnish.model.native.rows import can_softmax_rows, softmax_rows
+from burnish.model.native.softmax import can_softmax, head_product, softmax
 from burnish.model.objective import PLAIN, Objective
 
 CHUNK_ROWS = 1024
@@ -111,12 +111,13 @@ class _Work:
     ) -> torch.Tensor:
         """Fill `nll`; with an objective, return the objective's gradient, row by row and not yet weighted,
         with respect to `hidden @ weight.T + bias`, in the place of those logits."""
-        logits = hidden @ self.weight.T
+        of_nll = objective is None or not (objective.z_loss or objective.label_smoothing)
+        by_kernel = of_nll and self.shape == HeadShape() and can_softmax(hidden)
+        logits = head_product(hidden, self.weight) if by_kernel else hidden @ self.weight.T
         if self.bias is not None:
             logits += self.bias
-        of_nll = objective is None or not (objective.z_loss or objective.label_smoothing)
-        if of_nll and self.shape == HeadShape() and can_softmax_rows(logits):
-            softmax_rows(logits, targets, nll, gradient=objective is not None)
+        if by_kernel:
+            softmax(logits, targets, nll, gradient=objective is not None)
             return logits
         for begin in range(0, len(targets), self.block_rows):
             rows = slice(begin, begin + self.block_rows)
