@@ -123,7 +123,8 @@ def run_case(case: Case, rows: Sequence[Any], settings: Settings) -> dict[str, A
             for racer in racers.values():
                 racer.stop()
         facts = _facts(folder, case, settings)
-    return {"case": case.name, "gates": gates, "lost": lost, **facts, **_summary(turns, ready, facts)}
+    told = {"case": case.name, "device": settings.device, "gates": gates, "lost": lost}
+    return {**told, **facts, **_summary(turns, ready, facts)}
 
 
 def run_curve(case: Case, rows: Sequence[Any], device: str) -> dict[str, Any]:

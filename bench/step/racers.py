@@ -214,7 +214,7 @@ def hf_packed(race: Race, turns: Turns) -> None:
 
 
 def hf_packed_compiled(race: Race, turns: Turns) -> None:
-    """The same with its layers compiled, as `TrainingArguments(torch_compile=True)` would, for any length."""
+    """The same with the model compiled, as `TrainingArguments(torch_compile=True)` does, for any length."""
     _plain_loop(race, turns, hf_packed_nll, race.case.examples_per_step, compiled=True)
 
 

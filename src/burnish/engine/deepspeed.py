@@ -69,7 +69,7 @@ from burnish.engine.ds_workarounds import (
     swap_files_left_alone,
     without_prints,
 )
-from burnish.engine.gradients import clip_gradients, finite_on_all_ranks, global_grad_norm
+from burnish.engine.gradients import clip_gradients, drop_gradients, finite_on_all_ranks, global_grad_norm
 from burnish.engine.muon import MuonAdamW
 from burnish.engine.optimizer import build_optimizer, set_learning_rate
 from burnish.engine.phases import PhaseClock
@@ -174,11 +174,12 @@ class DeepSpeedEngine(Engine):
         self._ranks = ranks
         self._device = device
         compute_dtype = torch.float32 if runs_in_fp32(config) else COMPUTE_DTYPES[config.model.dtype]
-        self._compute_dtype = compute_dtype
         self._fill_up = compiles_products(device, compute_dtype)
         self._clock = PhaseClock(device)
         self._run_dir = Path(config.output_dir)
         self._stage = config.engine.zero_stage
+        # At other stages weights are in the forward's dtype, and nothing is cast.
+        self._autocasts_to = compute_dtype if self._stage == 0 else torch.float32
         self._adapter_only = config.adapter is not None
         self._optimizer_name = config.optim.name
         share_whole_weights(model, ranks, device)
@@ -258,12 +259,9 @@ class DeepSpeedEngine(Engine):
 
     def rehearse(self, micro_batch: MicroBatch) -> None:
         """See `Engine.rehearse`. Past DeepSpeed, which would take note of a backward; not at stage 3."""
-        # At other stages than 0 weights are in the forward's dtype.
-        runs_in = self._compute_dtype if self._stage == 0 else torch.float32
-        with autocast(self._device, runs_in):
+        with autocast(self._device, self._autocasts_to):
             nll_sum = self._engine.module(to_device(micro_batch, self._device, self._fill_up))
-        trained = [p for p in self._engine.module.parameters() if p.requires_grad]
-        torch.autograd.grad(nll_sum, trained, allow_unused=True)
+        drop_gradients(nll_sum, self._engine.module)
 
     def step(self, lr: float) -> StepResult:
         """See `Engine.step`."""

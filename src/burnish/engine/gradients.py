@@ -23,6 +23,12 @@ _CLIP_EPS = 1e-6
 """What torch adds to the norm before it divides by it."""
 
 
+def drop_gradients(loss: Float[torch.Tensor, ""], model: nn.Module) -> None:
+    """A backward of which nothing is kept, and which no hook of a parameter learns of."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    torch.autograd.grad(loss, trained, allow_unused=True)
+
+
 def sum_gradients(parameters: Sequence[nn.Parameter], ranks: Ranks) -> None:
     """Replace every gradient by its sum over all ranks.
 

@@ -18,7 +18,13 @@ from jaxtyping import Float
 
 from burnish.config.schema import OptimConfig
 from burnish.engine.base import Engine, Scorer, StepResult
-from burnish.engine.gradients import clip_gradients, finite_on_all_ranks, global_grad_norm, sum_gradients
+from burnish.engine.gradients import (
+    clip_gradients,
+    drop_gradients,
+    finite_on_all_ranks,
+    global_grad_norm,
+    sum_gradients,
+)
 from burnish.engine.optimizer import build_optimizer, set_learning_rate
 from burnish.engine.phases import PhaseClock
 from burnish.engine.precision import LossScale, autocast, compiles_products
@@ -131,7 +137,7 @@ class LocalEngine(Engine):
         """See `Engine.rehearse`."""
         with autocast(self._device, self._compute_dtype):
             nll_sum = self._model(to_device(micro_batch, self._device, self._fill_up))
-        torch.autograd.grad(nll_sum, self._parameters, allow_unused=True)
+        drop_gradients(nll_sum, self._model)
 
     def step(self, lr: float) -> StepResult:
         """See `Engine.step`."""

@@ -9,13 +9,12 @@ nothing is kept.
 from __future__ import annotations
 
 import numpy as np
-import torch
 
 from burnish.config.schema import Config
+from burnish.data.windows import micro_budget
 from burnish.engine.base import Engine
-from burnish.plan import DEFAULT_MICRO_TOKENS
 from burnish.records import NO_TARGET, MicroBatch
-from burnish.runtime import Ranks, log
+from burnish.runtime import Ranks, log, seeded
 from burnish.train.step import Feed
 
 _TOKENS, _TOKENS_ALL_SUPERVISED = 1024, 128
@@ -39,21 +38,15 @@ def rehearse(engine: Engine, config: Config, feed: Feed, evaluates: bool, ranks:
     if ranks.is_main:
         log.info("Compiling the layers: a minute or so, seconds where this machine knows them.")
     tokens = feed.store[0].token_ids.astype(np.int64)
-    budget = _budget(config)
-    with torch.random.fork_rng():
+    longest = config.data.max_tokens
+    budget = micro_budget(config.batch, longest)
+    most = budget.tokens or (budget.examples or 1) * longest
+    with seeded(0):  # dropout draws
         for size, share in ((_TOKENS, _SUPERVISED_SHARE), (_TOKENS_ALL_SUPERVISED, 1)):
-            row = _row(tokens, min(size, budget), config.data.max_tokens, share)
+            row = _row(tokens, min(size, most), longest, share)
             engine.rehearse(row)
             if evaluates:
                 engine.evaluate(row)
-
-
-def _budget(config: Config) -> int:
-    """Tokens of a forward that the plan counts on."""
-    if config.batch.micro_examples is not None:
-        return config.batch.micro_examples * config.data.max_tokens
-    asked = config.batch.micro_tokens
-    return asked if isinstance(asked, int) else DEFAULT_MICRO_TOKENS
 
 
 def _row(tokens: np.ndarray, size: int, max_tokens: int, share: int) -> MicroBatch:
