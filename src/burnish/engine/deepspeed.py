@@ -178,8 +178,8 @@ class DeepSpeedEngine(Engine):
         self._clock = PhaseClock(device)
         self._run_dir = Path(config.output_dir)
         self._stage = config.engine.zero_stage
-        # At other stages weights are in the forward's dtype, and nothing is cast.
-        self._autocasts_to = compute_dtype if self._stage == 0 else torch.float32
+        # At other stages than 0 weights are in the forward's dtype, and nothing is cast.
+        self._autocasts_to = COMPUTE_DTYPES[config.model.dtype] if self._stage == 0 else torch.float32
         self._adapter_only = config.adapter is not None
         self._optimizer_name = config.optim.name
         share_whole_weights(model, ranks, device)
